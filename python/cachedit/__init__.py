@@ -1,0 +1,30 @@
+"""cachedit: diffusion transformers, faster, by not computing what hardly changes between denoising steps.
+
+The thin engine over ``cachedit_kernels``. Start with :func:`enable_cache`.
+"""
+
+from cachedit_kernels import __version__
+
+from .adapter import BlockAdapter
+from .api import disable_cache, enable_cache, refresh_context, summary
+from .config import BasicCacheConfig, CacheType, CalibratorConfig, DBCacheConfig, TaylorSeerCalibratorConfig
+from .mask import steps_mask
+from .pattern import ForwardPattern
+from .stats import CacheStats
+
+__all__ = [
+    "BasicCacheConfig",
+    "BlockAdapter",
+    "CacheStats",
+    "CacheType",
+    "CalibratorConfig",
+    "DBCacheConfig",
+    "ForwardPattern",
+    "TaylorSeerCalibratorConfig",
+    "__version__",
+    "disable_cache",
+    "enable_cache",
+    "refresh_context",
+    "steps_mask",
+    "summary",
+]

@@ -1,0 +1,238 @@
+"""Configuration objects: names, defaults and meanings as users know them from ``cache_dit``."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any, TypeVar
+
+from .mask import MASK_POLICIES, check_mask, steps_mask
+
+__all__ = [
+    "BasicCacheConfig",
+    "CacheType",
+    "CalibratorConfig",
+    "DBCacheConfig",
+    "TaylorSeerCalibratorConfig",
+]
+
+Config = TypeVar("Config", bound="_Config")
+
+
+class CacheType(Enum):
+    """What a cache configuration asks for."""
+
+    NONE = "NONE"
+    DBCache = "DBCache"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclasses.dataclass
+class _Config:
+    """What all configurations share: partial updates and export."""
+
+    def update(self: Config, **kwargs: Any) -> Config:
+        """Set the given fields in place, except those given as None, and return ``self``.
+
+        Raises:
+            TypeError: For a name that is not a field.
+        """
+        names = {field.name for field in dataclasses.fields(self)}
+        unknown = sorted(set(kwargs) - names)
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no field {unknown[0]!r}; fields are {', '.join(sorted(names))}")
+        for name, value in kwargs.items():
+            if value is not None:
+                setattr(self, name, value)
+        return self
+
+    def empty(self: Config, **kwargs: Any) -> Config:
+        """Set every field to None, then apply ``kwargs``: a partial configuration for ``refresh_context``."""
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, None)
+        return self.update(**kwargs)
+
+    reset = empty
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as a plain dictionary."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass
+class BasicCacheConfig(_Config):
+    """When to compute and when to reuse the blocks between the first Fn and the last Bn.
+
+    Args:
+        cache_type: Kind of cache.
+        Fn_compute_blocks: Blocks at the start that are always computed; how far their residual moved since the last
+            computed step decides the step. At least 1.
+        Bn_compute_blocks: Blocks at the end that are always computed.
+        residual_diff_threshold: A step is reused when the relative L1 difference of the first blocks' residual is
+            below this. 0 or less never reuses.
+        max_accumulated_residual_diff_threshold: Compute once the differences of a run of reused steps add up to this.
+        max_warmup_steps: Steps ``range(0, max_warmup_steps, warmup_interval)`` are computed.
+        warmup_interval: See ``max_warmup_steps``.
+        max_cached_steps: Reuse at most so many steps per request (-1: no limit).
+        max_continuous_cached_steps: Reuse at most so many steps in a row (-1: no limit).
+        enable_separate_cfg: The pipeline calls the transformer once per guidance branch, in turn. None: as the
+            pipeline's ``cache_context`` calls or the adapter say.
+        cfg_compute_first: With separate branches in turn, the unconditional one comes first.
+        cfg_diff_compute_separate: Each branch measures its own difference.
+        num_inference_steps: Denoising steps of a request; pipelines tell it by themselves. With a bare transformer,
+            a new request begins after so many calls (per branch).
+        steps_computation_mask: One entry per step, 1 computes and 0 may reuse; or the name of a policy
+            (:func:`cachedit.steps_mask`), resolved when a request's step count is known.
+        steps_computation_policy: For the zeros of the mask: ``"dynamic"`` measures, ``"static"`` always reuses.
+        force_refresh_step_hint: At this step of the transformer the cache starts over.
+        force_refresh_step_policy: ``"once"`` per request, or ``"repeat"`` at each multiple of the hint.
+    """
+
+    cache_type: CacheType = CacheType.DBCache
+    Fn_compute_blocks: int = 8
+    Bn_compute_blocks: int = 0
+    residual_diff_threshold: float = 0.08
+    max_accumulated_residual_diff_threshold: float | None = None
+    max_warmup_steps: int = 8
+    warmup_interval: int = 1
+    max_cached_steps: int = -1
+    max_continuous_cached_steps: int = -1
+    enable_separate_cfg: bool | None = None
+    cfg_compute_first: bool = False
+    cfg_diff_compute_separate: bool = True
+    num_inference_steps: int | None = None
+    steps_computation_mask: Sequence[int] | str | None = None
+    steps_computation_policy: str = "dynamic"
+    force_refresh_step_hint: int | None = None
+    force_refresh_step_policy: str = "once"
+
+    def validate(self) -> None:
+        """Check types and ranges of every field.
+
+        Raises:
+            ValueError: For a value out of range; the message names the field, what was expected and what came.
+            TypeError: For a value of the wrong type.
+        """
+        _check_int("Fn_compute_blocks", self.Fn_compute_blocks, 1)
+        _check_int("Bn_compute_blocks", self.Bn_compute_blocks, 0)
+        _check_real("residual_diff_threshold", self.residual_diff_threshold)
+        if self.max_accumulated_residual_diff_threshold is not None:
+            _check_real("max_accumulated_residual_diff_threshold", self.max_accumulated_residual_diff_threshold)
+        _check_int("max_warmup_steps", self.max_warmup_steps, 0)
+        _check_int("warmup_interval", self.warmup_interval, 1)
+        _check_int("max_cached_steps", self.max_cached_steps, -1)
+        _check_int("max_continuous_cached_steps", self.max_continuous_cached_steps, -1)
+        if self.num_inference_steps is not None:
+            _check_int("num_inference_steps", self.num_inference_steps, 1)
+        if self.force_refresh_step_hint is not None:
+            _check_int("force_refresh_step_hint", self.force_refresh_step_hint, 1)
+        _check_choice("steps_computation_policy", self.steps_computation_policy, ("dynamic", "static"))
+        _check_choice("force_refresh_step_policy", self.force_refresh_step_policy, ("once", "repeat"))
+        self.resolve_mask(self.num_inference_steps)
+
+    def resolve_mask(self, total_steps: int | None) -> list[int] | None:
+        """Return the mask for a request of ``total_steps``, or None if there is none (or a name, but no count yet)."""
+        mask = self.steps_computation_mask
+        if mask is None:
+            return None
+        if not isinstance(mask, str):
+            return check_mask(mask, total_steps)
+        _check_choice("steps_computation_mask", mask, MASK_POLICIES)
+        return None if total_steps is None else steps_mask(total_steps=total_steps, mask_policy=mask)
+
+    def strify(self) -> str:
+        """Return a short tag of the settings, for logs and file names."""
+        tag = (
+            f"{self.cache_type}_F{self.Fn_compute_blocks}B{self.Bn_compute_blocks}"
+            f"_W{self.max_warmup_steps}I{self.warmup_interval}M{max(0, self.max_cached_steps)}"
+            f"MC{max(0, self.max_continuous_cached_steps)}_R{self.residual_diff_threshold}"
+        )
+        if self.steps_computation_mask is not None:
+            tag += f"_SCM{''.join(map(str, self.steps_computation_mask))}_{self.steps_computation_policy}"
+        if self.num_inference_steps is not None:
+            tag += f"_N{self.num_inference_steps}"
+        if self.force_refresh_step_hint is not None:
+            tag += f"_FR{self.force_refresh_step_hint}_{self.force_refresh_step_policy}"
+        if self.enable_separate_cfg is not None:
+            tag += f"_CFG{int(self.enable_separate_cfg)}"
+        return tag
+
+
+@dataclasses.dataclass
+class DBCacheConfig(BasicCacheConfig):
+    """Dual Block Cache: see :class:`BasicCacheConfig` for the fields."""
+
+
+@dataclasses.dataclass
+class CalibratorConfig(_Config):
+    """How reused steps are forecast from stored residuals; the base class forecasts nothing (plain reuse).
+
+    Args:
+        enable_calibrator: Forecast the hidden_states stream.
+        enable_encoder_calibrator: Forecast the encoder_hidden_states stream.
+        calibrator_type: Name of the forecaster.
+        calibrator_cache_type: ``"residual"`` stores what the body adds to its input, ``"hidden_states"`` its output.
+        calibrator_kwargs: Further options of the forecaster.
+    """
+
+    enable_calibrator: bool = False
+    enable_encoder_calibrator: bool = False
+    calibrator_type: str = "taylorseer"
+    calibrator_cache_type: str = "residual"
+    calibrator_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def validate(self) -> None:
+        """Check types and ranges of every field."""
+        _check_choice("calibrator_cache_type", self.calibrator_cache_type, ("residual", "hidden_states"))
+
+    def strify(self, **kwargs: Any) -> str:
+        """Return a short tag of the settings."""
+        return "NONE"
+
+
+@dataclasses.dataclass
+class TaylorSeerCalibratorConfig(CalibratorConfig):
+    """Forecast by Taylor expansion over the computed steps (TaylorSeer, arXiv 2503.06923).
+
+    Args:
+        taylorseer_order: Order of the expansion, 1 to 4. Order n keeps n + 1 residuals per stream.
+    """
+
+    enable_calibrator: bool = True
+    enable_encoder_calibrator: bool = True
+    taylorseer_order: int = 1
+
+    def validate(self) -> None:
+        """Check types and ranges of every field."""
+        super().validate()
+        _check_int("taylorseer_order", self.taylorseer_order, 1, 4)
+
+    def strify(self, **kwargs: Any) -> str:
+        """Return a short tag of the settings; ``details=True`` spells it out."""
+        return f"TaylorSeer_O({self.taylorseer_order})" if kwargs.get("details") else f"T1O{self.taylorseer_order}"
+
+
+def _check_int(name: str, value: Any, at_least: int, at_most: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < at_least or (at_most is not None and value > at_most):
+        expected = f"at least {at_least}" if at_most is None else f"from {at_least} to {at_most}"
+        raise ValueError(f"{name} must be {expected}, got {value}")
+
+
+def _check_real(name: str, value: Any) -> None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
+    if math.isnan(number):
+        raise ValueError(f"{name} must be a number, got NaN")
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

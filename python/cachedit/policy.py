@@ -1,0 +1,137 @@
+"""The one decision of a step: compute the body or reuse it. Plain Python; it sees numbers and returns a verdict."""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+from typing import NamedTuple
+
+from .config import BasicCacheConfig
+
+__all__ = ["Decision", "Policy", "StepRecord"]
+
+
+class Decision(Enum):
+    """What to do with the body of a step. MEASURE: ask again, with the residual difference."""
+
+    COMPUTE = "compute"
+    REUSE = "reuse"
+    MEASURE = "measure"
+
+
+class StepRecord(NamedTuple):
+    """What happened at one step: kept for statistics."""
+
+    step: int
+    reused: bool
+    diff: float | None
+    reason: str
+
+
+class Policy:
+    """Decides the steps of one branch of one request.
+
+    A step is ``plan()``, then ``decide(diff)`` if the plan says MEASURE, then ``record()`` once it is carried out: an
+    exception in between leaves the policy where it was.
+
+    Args:
+        config: Validated configuration.
+        total_steps: Steps of the request, if known; resolves masks that are given by name.
+
+    Raises:
+        ValueError: If the configuration's mask does not have ``total_steps`` entries.
+    """
+
+    def __init__(self, config: BasicCacheConfig, total_steps: int | None = None):
+        self.config = config
+        self.mask = config.resolve_mask(total_steps)
+        self.static = self.mask is not None and config.steps_computation_policy == "static"
+        warmup = config.max_warmup_steps
+        if self.mask is not None:
+            leading_ones = self.mask.index(0) if 0 in self.mask else len(self.mask)
+            warmup = min(warmup, leading_ones)
+        self.warmup = range(0, warmup, config.warmup_interval)
+        self.records: list[StepRecord] = []
+        self.nonfinite = 0
+        self.step = 0  # of the request; statistics count in it
+        self.restart()
+
+    @property
+    def measures(self) -> bool:
+        """Whether any step may need the residual difference; if not, no anchor has to be stored."""
+        return self.config.residual_diff_threshold > 0 and not self.static
+
+    def restart(self) -> None:
+        """Forget everything stored, as at the start of a request; statistics carry on."""
+        self.origin = self.step
+        self.stored = False
+        self.reused = 0
+        self.run = 0
+        self.accumulated = 0.0
+        self.reason = ""
+
+    def refresh_due(self) -> bool:
+        """Whether ``force_refresh_step_hint`` asks for a fresh start at this step."""
+        hint = self.config.force_refresh_step_hint
+        if hint is None or self.step == 0 or self.step == self.origin:
+            return False
+        repeat = self.config.force_refresh_step_policy == "repeat"
+        return self.step % hint == 0 if repeat else self.step == hint
+
+    def plan(self) -> Decision:
+        """Decide as far as the residual difference is not needed."""
+        config = self.config
+        step = self.step - self.origin
+        if not self.stored:
+            return self._compute("nothing stored")
+        if step in self.warmup:
+            return self._compute("warm-up")
+        if self.mask is not None:
+            within = step < len(self.mask)
+            if (within and self.mask[step]) or (self.static and not within):
+                return self._compute("mask")
+            if self.static:
+                self.reason = "mask"
+                return Decision.REUSE
+        if 0 <= config.max_cached_steps <= self.reused:
+            return self._compute("max_cached_steps")
+        if 0 <= config.max_continuous_cached_steps <= self.run:
+            return self._compute("max_continuous_cached_steps")
+        limit = config.max_accumulated_residual_diff_threshold
+        if limit is not None and 0 < limit <= self.accumulated:
+            return self._compute("accumulated diff")
+        if config.residual_diff_threshold <= 0:
+            return self._compute("threshold")
+        return Decision.MEASURE
+
+    def decide(self, diff: float) -> Decision:
+        """Decide with the measured difference; NaN and infinity compute, and are counted."""
+        if not math.isfinite(diff):
+            self.nonfinite += 1
+            return self._compute("non-finite diff")
+        self.reason = "diff"
+        return Decision.REUSE if diff < self.config.residual_diff_threshold else Decision.COMPUTE
+
+    def record(self, decision: Decision, diff: float | None, stored: bool = True) -> None:
+        """Take note that the step was carried out, and move to the next.
+
+        Args:
+            decision: COMPUTE or REUSE.
+            diff: The measured difference, if it was measured.
+            stored: Whether a computed step left its residual behind.
+        """
+        reused = decision is Decision.REUSE
+        self.records.append(StepRecord(self.step, reused, diff, self.reason))
+        self.step += 1
+        if reused:
+            self.reused += 1
+            self.run += 1
+            self.accumulated += diff or 0.0
+        else:
+            self.run = 0
+            self.accumulated = 0.0
+            self.stored = stored
+
+    def _compute(self, reason: str) -> Decision:
+        self.reason = reason
+        return Decision.COMPUTE
