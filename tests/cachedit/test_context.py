@@ -122,3 +122,14 @@ def test_bytes_held():
     compute(state, 0)
     elements = [math.prod(shape) for shape in SHAPES]
     assert state.bytes_held == 4 * (2 * sum(elements) + elements[0])
+
+
+@pytest.mark.parametrize("change", [{"dtype": torch.float64}, {"device": "meta"}], ids=str)
+def test_another_dtype_or_device_starts_afresh(change, caplog):
+    state = SectionState(config(), None)
+    compute(state, 0)
+    state._check_streams([x.to(**change) for x in streams(1)])
+    assert state.rings == [] and state.anchor is None and not state.policy.stored
+    (record,) = caplog.records
+    assert "changed within a request at step 1" in record.message
+    assert str(change.popitem()[1]).removeprefix("torch.") in record.message

@@ -1,0 +1,61 @@
+"""residual_forecast against eager torch, torch.compile, a peer and a copy of the same bytes.
+
+K = 1 is plain reuse, K = 2 a first-order forecast, K = 3 a second-order one: ours as a weighted sum of K residuals,
+the others from a derivative ladder, as TaylorSeer (arXiv 2503.06923) is usually written.
+
+    python benchmarks/bench_forecast.py --mb 1 16 64 256 --dtype bfloat16 float32
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from common import Case, options, run
+from torch import Tensor
+
+import cachedit_kernels
+
+
+def cases(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    hidden = torch.randn(shape, device=device).to(dtype)
+    for k in (1, 2, 3):
+        ring = torch.randn((k, *shape), device=device).to(dtype)
+        others = ladder_forecast(hidden, ring), peer_forecast(hidden, ring)
+        yield Case("residual_forecast", k, k + 2, ours(hidden, ring), *others)
+
+
+def ours(hidden: Tensor, ring: Tensor) -> Callable[[], object]:
+    weights = [1.5, -0.5, 0.25][: len(ring)]
+    return lambda: cachedit_kernels.residual_forecast([hidden], [ring], weights)
+
+
+def ladder_forecast(hidden: Tensor, derivatives: Tensor, dt: float = 1.0) -> Callable[[], Tensor]:
+    """hidden + sum_i derivatives[i] * dt**i / i!, one term after another."""
+
+    def forecast() -> Tensor:
+        residual = derivatives[0]
+        for i in range(1, len(derivatives)):
+            residual = residual + derivatives[i] * (dt**i / math.factorial(i))
+        return hidden + residual
+
+    return forecast
+
+
+def peer_forecast(hidden: Tensor, derivatives: Tensor) -> Callable[[], Tensor] | None:
+    """cache_dit's approximation of the residual, then its addition to the hidden states."""
+    try:
+        from cache_dit.caching.cache_contexts.calibrators.taylorseer import TaylorSeerState
+    except ImportError:
+        return None
+    state = TaylorSeerState(n_derivatives=len(derivatives) - 1)
+    for _ in range(4):  # until the ladder is full
+        state.mark_step_begin()
+        state.update(derivatives[0])
+    state.mark_step_begin()
+    return lambda: hidden + state.approximate()
+
+
+if __name__ == "__main__":
+    run(options(__doc__), cases)

@@ -1,0 +1,140 @@
+"""What the operator benchmarks share: options, measuring candidates in turns, the printed table, the CSV history.
+
+Candidates of a row: ours, eager torch as users write it, torch.compile of the same formula, a peer package where it has
+a comparable function, and a copy that moves exactly the bytes of the operator's floor, which is the yardstick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import platform
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import cachedit_kernels
+from cachedit_kernels.testing.timing import copy_bandwidth, paired_medians
+
+RESULTS = Path(__file__).parent / "results" / "operators.csv"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+COLUMNS = (
+    *("date", "device", "threads", "torch", "triton", "backend", "operator", "dtype", "mb", "k", "floor_mb"),
+    *("ours_ms", "eager_ms", "compile_ms", "peer_ms", "copy_ms", "ours_gbps", "share_of_copy"),
+    *("eager_over_ours", "compile_over_ours", "peer_over_ours"),
+)
+PRINTED = COLUMNS[6:10] + COLUMNS[11:]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row to measure. `floor` is the fewest bytes that must move, in units of one tensor."""
+
+    operator: str
+    k: int
+    floor: int
+    ours: Callable[[], object]
+    eager: Callable[[], object]
+    peer: Callable[[], object] | None = None
+
+
+Cases = Callable[[torch.Size, torch.dtype, torch.device], Iterable[Case]]
+
+
+def options(description: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mb", type=float, nargs="+", default=[1, 16, 64, 256], help="MB (2**20 bytes) per tensor")
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["bfloat16", "float32"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--csv", type=Path, default=RESULTS, help="history to add to (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="turns that each candidate takes; medians are reported")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    return parser.parse_args()
+
+
+def run(arguments: argparse.Namespace, cases: Cases) -> None:
+    """Measures `cases(shape, dtype, device)` for every size and dtype, prints a table and adds to the history."""
+    device = torch.device(arguments.device)
+    megabytes = max(1, min(512, round(4 * max(arguments.mb))))
+    bandwidth = copy_bandwidth(device, megabytes, arguments.rounds)
+    print(f"{device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
+    print(f"a copy of {megabytes} MB reads and writes {bandwidth / 1e9:.1f} GB/s")
+    print("  ".join(f"{column:>15}" for column in PRINTED), flush=True)
+    for name in arguments.dtype:
+        for mb in arguments.mb:
+            dtype = DTYPES[name]
+            shape = torch.Size((1, max(1, round(mb * 2**20 / dtype.itemsize / 3072)), 3072))  # FLUX's hidden size
+            for case in cases(shape, dtype, device):
+                row = measure(case, shape, dtype, device, arguments.rounds, compiled=not arguments.no_compile)
+                print("  ".join(f"{row[column]!s:>15}" for column in PRINTED), flush=True)
+                append(arguments.csv, row)
+    print(f"added to {arguments.csv}", file=sys.stderr)
+
+
+def measure(
+    case: Case, shape: torch.Size, dtype: torch.dtype, device: torch.device, rounds: int, compiled: bool
+) -> dict[str, object]:
+    size = shape.numel() * dtype.itemsize
+    floor_bytes = case.floor * size
+    source = torch.ones(floor_bytes // 2, dtype=torch.uint8, device=device)  # zeros may not have pages of their own
+    target = torch.ones_like(source)
+    candidates = {"ours": case.ours, "eager": case.eager, "copy": lambda: target.copy_(source)}
+    if compiled:
+        torch.compiler.reset()
+        candidates["compile"] = torch.compile(case.eager, fullgraph=True, dynamic=False)
+    if case.peer is not None:
+        candidates["peer"] = case.peer
+    with torch.inference_mode():
+        seconds = paired_medians(candidates, device, rounds)
+    ours = seconds["ours"]
+    row: dict[str, object] = {f"{name}_ms": f"{1e3 * value:.4f}" for name, value in seconds.items()}
+    row |= {
+        f"{name}_over_ours": f"{seconds[name] / ours:.2f}" for name in ("eager", "compile", "peer") if name in seconds
+    }
+    row |= {
+        "date": datetime.date.today().isoformat(),
+        "device": device_name(device),
+        "threads": torch.get_num_threads() if device.type == "cpu" else "",
+        "torch": torch.__version__,
+        "triton": triton_version(),
+        "backend": cachedit_kernels.backends()[case.operator][device.type].implementation,
+        "operator": case.operator,
+        "dtype": str(dtype).removeprefix("torch."),
+        "mb": f"{size / 2**20:.2f}",
+        "k": case.k or "",
+        "floor_mb": f"{floor_bytes / 2**20:.2f}",
+        "ours_gbps": f"{floor_bytes / ours / 1e9:.1f}",
+        "share_of_copy": f"{seconds['copy'] / ours:.2f}",
+    }
+    return {column: row.get(column, "") for column in COLUMNS}
+
+
+def append(path: Path, row: dict[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def triton_version() -> str:
+    try:
+        import triton
+    except ImportError:
+        return ""
+    return str(triton.__version__)

@@ -1,0 +1,50 @@
+"""Kernels for caching diffusion transformers: measure residuals, store them, forecast from them.
+
+    residual_l1(before, after, anchor, per_sample=False) -> float32 [S, 2] or [S, B, 2]
+    l1(previous, current, per_sample=False)              -> float32 [S, 2] or [S, B, 2]
+    residual_push(before, after, ring, slot)             -> None, ring[slot] = after - before
+    residual_forecast(hidden, ring, weights, base=1.0)   -> list of tensors, base * hidden + sum_k weights[k] * ring[k]
+
+Every argument is a list with one tensor per stream. The operators are also `torch.ops.cachedit.*`, know fake tensors
+and compile. `backends()` tells which implementation serves which device. The engine's main names (`enable_cache`,
+`BlockAdapter` and so on) can be imported from here too; they come from the package `cachedit`, loaded when first used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cachedit_kernels import _backend
+from cachedit_kernels._backend import Backend, backends
+from cachedit_kernels.forecast import residual_forecast
+from cachedit_kernels.residual import l1, residual_l1, residual_push
+
+__version__ = "0.1.0"
+
+_ENGINE = (
+    "BlockAdapter",
+    "DBCacheConfig",
+    "ForwardPattern",
+    "TaylorSeerCalibratorConfig",
+    "disable_cache",
+    "enable_cache",
+    "refresh_context",
+    "steps_mask",
+    "summary",
+)
+
+__all__ = ["Backend", "backends", "l1", "residual_forecast", "residual_l1", "residual_push"]
+
+_backend.register()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ENGINE:
+        import cachedit
+
+        return getattr(cachedit, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ENGINE})

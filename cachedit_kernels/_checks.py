@@ -1,0 +1,171 @@
+"""What the operators refuse, and in which words.
+
+The C++ operators make the same checks (csrc/checks.cpp) in the same order with the same messages; these serve the
+implementations in Python and the fakes. Everything is checked before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def residual_l1(before: Sequence[Tensor], after: Sequence[Tensor], anchor: Sequence[Tensor], per_sample: bool) -> None:
+    _streams("residual_l1", {"before": before, "after": after, "anchor": anchor})
+    if per_sample:
+        _batch("residual_l1", "before", before)
+
+
+def l1(previous: Sequence[Tensor], current: Sequence[Tensor], per_sample: bool) -> None:
+    _streams("l1", {"previous": previous, "current": current})
+    if per_sample:
+        _batch("l1", "previous", previous)
+
+
+def residual_push(
+    before: Sequence[Tensor], after: Sequence[Tensor], ring: Sequence[Tensor], slot: Tensor | int
+) -> None:
+    op = "residual_push"
+    _streams(op, {"before": before, "after": after})
+    _ring(op, "before", before, ring)
+    for i, r in enumerate(ring):
+        if not r[:1].is_contiguous():
+            _refuse(op, f"ring[{i}] must be contiguous within each slot, got strides {_tuple(r.stride())}")
+        if r.shape[0] > 1 and r.stride(0) < r[0].numel():
+            _refuse(op, f"ring[{i}] must have slots that do not overlap, got strides {_tuple(r.stride())}")
+    slots = ring[0].shape[0]
+    if isinstance(slot, Tensor):
+        if slot.numel() != 1 or slot.dtype not in INTEGERS:
+            _refuse(op, f"slot must be one integer, got {_dtype(slot.dtype)} of shape {_tuple(slot.shape)}")
+        _same_device(op, "slot", slot, "before", before)
+        if slot.device.type == "cpu" and not is_fake(slot):  # elsewhere, reading it would wait for the device
+            slot = int(slot)
+    if not isinstance(slot, Tensor) and not 0 <= slot < slots:
+        _refuse(op, f"slot must be in [0, {slots}), got {slot}")
+    if not any(is_fake(t) or t.is_meta for t in (*before, *after, *ring)):
+        _no_aliases(op, before, after, ring)
+
+
+def residual_forecast(
+    hidden: Sequence[Tensor], ring: Sequence[Tensor], weights: Tensor | Sequence[float], base: float
+) -> None:
+    op = "residual_forecast"
+    _streams(op, {"hidden": hidden})
+    _ring(op, "hidden", hidden, ring)
+    slots = ring[0].shape[0]
+    if not isinstance(weights, Tensor):
+        if len(weights) != slots:
+            _refuse(op, f"weights must have one value per ring slot, {slots}, got {len(weights)}")
+        return
+    if weights.dtype != torch.float32:
+        _refuse(op, f"weights must be float32, got {_dtype(weights.dtype)}")
+    _same_device(op, "weights", weights, "hidden", hidden)
+    if weights.dim() not in (1, 2) or weights.shape[-1] != slots:
+        _refuse(op, f"weights must have the shape ({slots},) or (batch, {slots}), got {_tuple(weights.shape)}")
+    if weights.dim() == 2:
+        for i, h in enumerate(hidden):
+            if h.dim() == 0 or h.shape[0] != weights.shape[0]:
+                _refuse(
+                    op,
+                    f"hidden[{i}] must have the batch size of weights, {weights.shape[0]}, in dimension 0, "
+                    f"got shape {_tuple(h.shape)}",
+                )
+
+
+def _streams(op: str, lists: dict[str, Sequence[Tensor]]) -> None:
+    """Every list as long as the first; every tensor of a stream alike; every tensor on one device."""
+    first, reference = next(iter(lists.items()))
+    if len(reference) == 0:
+        _refuse(op, f"{first} must have at least one tensor, got an empty list")
+    for name, tensors in lists.items():
+        if len(tensors) != len(reference):
+            _refuse(op, f"{name} must have as many tensors as {first}, {len(reference)}, got {len(tensors)}")
+    for i, like in enumerate(reference):
+        if like.dtype not in FLOATS:
+            _refuse(op, f"{first}[{i}] must be float32, float16 or bfloat16, got {_dtype(like.dtype)}")
+        for name, tensors in lists.items():
+            tensor = tensors[i]
+            _same_device(op, f"{name}[{i}]", tensor, first, reference)
+            if tensor.dtype != like.dtype:
+                _refuse(
+                    op,
+                    f"{name}[{i}] must have the dtype of {first}[{i}], {_dtype(like.dtype)}, "
+                    f"got {_dtype(tensor.dtype)}",
+                )
+            if tensor.shape != like.shape:
+                _refuse(
+                    op,
+                    f"{name}[{i}] must have the shape of {first}[{i}], {_tuple(like.shape)}, "
+                    f"got {_tuple(tensor.shape)}",
+                )
+
+
+def _ring(op: str, first: str, streams: Sequence[Tensor], ring: Sequence[Tensor]) -> None:
+    if len(ring) != len(streams):
+        _refuse(op, f"ring must have as many tensors as {first}, {len(streams)}, got {len(ring)}")
+    for i, (r, like) in enumerate(zip(ring, streams, strict=True)):
+        _same_device(op, f"ring[{i}]", r, first, streams)
+        if r.dtype != like.dtype:
+            _refuse(op, f"ring[{i}] must have the dtype of {first}[{i}], {_dtype(like.dtype)}, got {_dtype(r.dtype)}")
+        if r.dim() != like.dim() + 1 or r.shape[1:] != like.shape:
+            _refuse(
+                op,
+                f"ring[{i}] must have the shape of {first}[{i}], {_tuple(like.shape)}, behind its slots, "
+                f"got {_tuple(r.shape)}",
+            )
+        if r.shape[0] != ring[0].shape[0]:
+            _refuse(op, f"ring[{i}] must have as many slots as ring[0], {ring[0].shape[0]}, got {r.shape[0]}")
+
+
+def _batch(op: str, first: str, streams: Sequence[Tensor]) -> None:
+    for i, tensor in enumerate(streams):
+        if tensor.dim() == 0:
+            _refuse(op, f"{first}[{i}] must have a batch dimension for per_sample, got shape ()")
+        if tensor.shape[0] != streams[0].shape[0]:
+            _refuse(
+                op, f"{first}[{i}] must have the batch size of {first}[0], {streams[0].shape[0]}, got {tensor.shape[0]}"
+            )
+
+
+def _same_device(op: str, what: str, tensor: Tensor, first: str, reference: Sequence[Tensor]) -> None:
+    if tensor.device != reference[0].device:
+        _refuse(op, f"{what} must be on the device of {first}[0], {reference[0].device}, got {tensor.device}")
+
+
+def _no_aliases(op: str, before: Sequence[Tensor], after: Sequence[Tensor], ring: Sequence[Tensor]) -> None:
+    others = {"before": before, "after": after}
+    for i, r in enumerate(ring):
+        start, stop = _extent(r)
+        for name, tensors in (*others.items(), ("ring", ring[:i])):
+            for j, tensor in enumerate(tensors):
+                low, high = _extent(tensor)
+                if low < stop and start < high:
+                    _refuse(op, f"ring[{i}] must not share memory with {name}[{j}]")
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """First byte and the byte past the last one; the same number twice where there are no elements."""
+    start = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return start, start
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.element_size()
+
+
+def _refuse(op: str, message: str) -> NoReturn:
+    raise RuntimeError(f"{op}: {message}")
+
+
+def _tuple(values: Sequence[int]) -> str:
+    return str(tuple(values))
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

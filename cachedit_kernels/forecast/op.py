@@ -1,0 +1,54 @@
+"""`residual_forecast`: schemas, fake and the function that users call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cachedit_kernels import _checks
+from cachedit_kernels._library import define
+
+
+def residual_forecast(
+    hidden: Sequence[Tensor], ring: Sequence[Tensor], weights: Tensor | Sequence[float], base: float = 1.0
+) -> list[Tensor]:
+    """Forecasts each stream from its stored residuals, `base * hidden + sum_k weights[k] * ring[k]`, in one launch.
+
+    Terms are accumulated in float32 and rounded once. A slot whose weight is exactly 0 is not read, so it may be
+    uninitialised memory; nor is `hidden` where `base` is 0.
+
+    Args:
+        hidden: S tensors, float32, float16 or bfloat16, any shape and strides.
+        ring: S tensors [K, *shape] of the stream's dtype, any strides.
+        weights: K floats, or (for compiled and captured use) a float32 tensor [K], or [B, K] with one row per sample
+            (index of dimension 0), on the same device.
+        base: factor of `hidden`; 0.0 where the ring holds hidden states rather than residuals.
+
+    Returns:
+        S new contiguous tensors, each with the shape and dtype of its `hidden`. NaN and inf pass through.
+
+    Raises:
+        RuntimeError: naming the argument, what was expected and what came.
+    """
+    if isinstance(weights, Tensor):
+        return _residual_forecast(hidden, ring, weights, base)  # type: ignore[no-any-return]
+    return _residual_forecast_floats(hidden, ring, weights, base)  # type: ignore[no-any-return]
+
+
+def _residual_forecast_fake(
+    hidden: list[Tensor], ring: list[Tensor], weights: Tensor | list[float], base: float = 1.0
+) -> list[Tensor]:
+    _checks.residual_forecast(hidden, ring, weights, base)
+    return [torch.empty_like(h, memory_format=torch.contiguous_format) for h in hidden]
+
+
+_residual_forecast = define(
+    "residual_forecast(Tensor[] hidden, Tensor[] ring, Tensor weights, float base=1.0) -> Tensor[]",
+    _residual_forecast_fake,
+)
+_residual_forecast_floats = define(
+    "residual_forecast.floats(Tensor[] hidden, Tensor[] ring, float[] weights, float base=1.0) -> Tensor[]",
+    _residual_forecast_fake,
+)

@@ -1,0 +1,171 @@
+#include "checks.h"
+
+#include <initializer_list>
+
+namespace cachedit {
+namespace {
+
+std::string item(const char* name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
+
+std::string shape(const Tensor& tensor) { return shape_string(tensor.sizes, tensor.dim); }
+
+[[noreturn]] void refuse(const char* op, const std::string& message) { fail(std::string(op) + ": " + message); }
+
+void check_length(const char* op, const char* name, size_t size, const Named& first) {
+  if (size != first.tensors.size()) {
+    refuse(op, std::string(name) + " must have as many tensors as " + first.name + ", " +
+                   std::to_string(first.tensors.size()) + ", got " + std::to_string(size));
+  }
+}
+
+template <class What>  // the name is put together only for a message
+void check_device(const char* op, const What& what, const Tensor& tensor, const Named& first) {
+  if (tensor.device_type != first.tensors[0].device_type) {
+    refuse(op, what() + " must be on the device of " + item(first.name, 0) + ", " + device_string(first.tensors[0]) +
+                   ", got " + device_string(tensor));
+  }
+}
+
+void check_dtype(const char* op, const char* name, size_t i, const Tensor& tensor, const Named& first) {
+  if (tensor.dtype != first.tensors[i].dtype) {
+    refuse(op, item(name, i) + " must have the dtype of " + item(first.name, i) + ", " +
+                   dtype_string(first.tensors[i].dtype) + ", got " + dtype_string(tensor.dtype));
+  }
+}
+
+std::pair<const char*, const char*> extent(const Tensor& tensor) {
+  const char* start = static_cast<const char*>(tensor.data());
+  if (tensor.numel == 0) return {start, start};
+  int64_t last = 0;
+  for (int64_t d = 0; d < tensor.dim; ++d) last += (tensor.sizes[d] - 1) * tensor.strides[d];
+  return {start, start + (last + 1) * tensor.element_size()};
+}
+
+}  // namespace
+
+void check_streams(const char* op, std::initializer_list<Named> lists) {
+  const Named& first = *lists.begin();
+  if (first.tensors.empty()) refuse(op, std::string(first.name) + " must have at least one tensor, got an empty list");
+  for (const Named& list : lists) check_length(op, list.name, list.tensors.size(), first);
+  for (size_t i = 0; i < first.tensors.size(); ++i) {
+    const Tensor& like = first.tensors[i];
+    if (kernel_dtype(like.dtype) == kDTypes) {
+      refuse(op, item(first.name, i) + " must be float32, float16 or bfloat16, got " + dtype_string(like.dtype));
+    }
+    for (const Named& list : lists) {
+      const Tensor& tensor = list.tensors[i];
+      check_device(op, [&] { return item(list.name, i); }, tensor, first);
+      check_dtype(op, list.name, i, tensor, first);
+      if (!tensor.same_shape(like)) {
+        refuse(op, item(list.name, i) + " must have the shape of " + item(first.name, i) + ", " + shape(like) +
+                       ", got " + shape(tensor));
+      }
+    }
+  }
+}
+
+void check_batch(const char* op, const Named& first) {
+  for (size_t i = 0; i < first.tensors.size(); ++i) {
+    const Tensor& tensor = first.tensors[i];
+    if (tensor.dim == 0) {
+      refuse(op, item(first.name, i) + " must have a batch dimension for per_sample, got shape ()");
+    }
+    if (tensor.sizes[0] != first.tensors[0].sizes[0]) {
+      refuse(op, item(first.name, i) + " must have the batch size of " + item(first.name, 0) + ", " +
+                     std::to_string(first.tensors[0].sizes[0]) + ", got " + std::to_string(tensor.sizes[0]));
+    }
+  }
+}
+
+void check_ring(const char* op, const Named& first, const Tensors& ring) {
+  check_length(op, "ring", ring.size(), first);
+  for (size_t i = 0; i < ring.size(); ++i) {
+    const Tensor& like = first.tensors[i];
+    const Tensor& r = ring[i];
+    check_device(op, [&] { return item("ring", i); }, r, first);
+    check_dtype(op, "ring", i, r, first);
+    if (r.dim != like.dim + 1 || !std::equal(like.sizes, like.sizes + like.dim, r.sizes + 1)) {
+      refuse(op, item("ring", i) + " must have the shape of " + item(first.name, i) + ", " + shape(like) +
+                     ", behind its slots, got " + shape(r));
+    }
+    if (r.sizes[0] != ring[0].sizes[0]) {
+      refuse(op, item("ring", i) + " must have as many slots as ring[0], " + std::to_string(ring[0].sizes[0]) +
+                     ", got " + std::to_string(r.sizes[0]));
+    }
+  }
+}
+
+void check_writable(const char* op, const Tensors& ring) {
+  for (size_t i = 0; i < ring.size(); ++i) {
+    const Tensor& r = ring[i];
+    if (r.numel == 0) continue;
+    int64_t packed = 1;
+    for (int64_t d = r.dim - 1; d > 0; --d) {
+      if (r.sizes[d] != 1 && r.strides[d] != packed) {
+        refuse(op, item("ring", i) + " must be contiguous within each slot, got strides " +
+                       shape_string(r.strides, r.dim));
+      }
+      packed *= r.sizes[d];
+    }
+    if (r.sizes[0] > 1 && r.strides[0] < packed) {
+      refuse(op, item("ring", i) + " must have slots that do not overlap, got strides " +
+                     shape_string(r.strides, r.dim));
+    }
+  }
+}
+
+int64_t checked_slot(const char* op, const Tensor& slot, const Named& first, const Tensors& ring) {
+  if (slot.numel != 1 || !is_integer(slot.dtype)) {
+    refuse(op, "slot must be one integer, got " + dtype_string(slot.dtype) + " of shape " + shape(slot));
+  }
+  check_device(op, [] { return std::string("slot"); }, slot, first);
+  const int64_t value = integer_value(slot);
+  check_slot(op, value, ring);
+  return value;
+}
+
+void check_slot(const char* op, int64_t slot, const Tensors& ring) {
+  if (slot < 0 || slot >= ring[0].sizes[0]) {
+    refuse(op, "slot must be in [0, " + std::to_string(ring[0].sizes[0]) + "), got " + std::to_string(slot));
+  }
+}
+
+void check_weights(const char* op, size_t count, const Tensors& ring) {
+  if (static_cast<int64_t>(count) != ring[0].sizes[0]) {
+    refuse(op, "weights must have one value per ring slot, " + std::to_string(ring[0].sizes[0]) + ", got " +
+                   std::to_string(count));
+  }
+}
+
+void check_weights(const char* op, const Tensor& weights, const Named& hidden, const Tensors& ring) {
+  const std::string slots = std::to_string(ring[0].sizes[0]);
+  if (weights.dtype != float32_dtype()) refuse(op, "weights must be float32, got " + dtype_string(weights.dtype));
+  check_device(op, [] { return std::string("weights"); }, weights, hidden);
+  if ((weights.dim != 1 && weights.dim != 2) || weights.sizes[weights.dim - 1] != ring[0].sizes[0]) {
+    refuse(op, "weights must have the shape (" + slots + ",) or (batch, " + slots + "), got " + shape(weights));
+  }
+  if (weights.dim == 1) return;
+  for (size_t i = 0; i < hidden.tensors.size(); ++i) {
+    const Tensor& h = hidden.tensors[i];
+    if (h.dim == 0 || h.sizes[0] != weights.sizes[0]) {
+      refuse(op, item("hidden", i) + " must have the batch size of weights, " + std::to_string(weights.sizes[0]) +
+                     ", in dimension 0, got shape " + shape(h));
+    }
+  }
+}
+
+void check_aliases(const char* op, std::initializer_list<Named> inputs, const Tensors& ring) {
+  for (size_t i = 0; i < ring.size(); ++i) {
+    const auto [start, stop] = extent(ring[i]);
+    auto check = [&, start = start, stop = stop](const char* name, const Tensors& tensors, size_t count) {
+      for (size_t j = 0; j < count; ++j) {
+        const auto [low, high] = extent(tensors[j]);
+        if (low < stop && start < high) refuse(op, item("ring", i) + " must not share memory with " + item(name, j));
+      }
+    };
+    for (const Named& list : inputs) check(list.name, list.tensors, list.tensors.size());
+    check("ring", ring, i);
+  }
+}
+
+}  // namespace cachedit

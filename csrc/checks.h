@@ -1,0 +1,34 @@
+// What the operators refuse, and in which words: the twin of cachedit_kernels/_checks.py.
+#pragma once
+
+#include "stable.h"
+
+namespace cachedit {
+
+struct Named {
+  const char* name;
+  const Tensors& tensors;
+};
+
+// Every list as long as the first; every tensor of a stream alike; every tensor on CPU.
+void check_streams(const char* op, std::initializer_list<Named> lists);
+
+// Every stream with a batch dimension, all of one size.
+void check_batch(const char* op, const Named& first);
+
+// Per stream [K, *shape]; K equal everywhere.
+void check_ring(const char* op, const Named& first, const Tensors& ring);
+
+// For writing: slots contiguous and apart.
+void check_writable(const char* op, const Tensors& ring);
+
+int64_t checked_slot(const char* op, const Tensor& slot, const Named& first, const Tensors& ring);
+void check_slot(const char* op, int64_t slot, const Tensors& ring);
+
+void check_weights(const char* op, size_t count, const Tensors& ring);
+void check_weights(const char* op, const Tensor& weights, const Named& hidden, const Tensors& ring);
+
+// No memory of the ring is another's.
+void check_aliases(const char* op, std::initializer_list<Named> inputs, const Tensors& ring);
+
+}  // namespace cachedit

@@ -1,0 +1,52 @@
+// The CPU kernels' plain interface: raw pointers to contiguous elements, one table of functions per instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace cachedit {
+
+enum DType : int { kFloat32, kFloat16, kBFloat16, kDTypes };
+
+// Kernels that add sum |difference| and sum |scale| of n elements to sums[0] and sums[1].
+using ResidualL1 = void (*)(const void* before, const void* after, const void* anchor, int64_t n, double* sums);
+using L1 = void (*)(const void* previous, const void* current, int64_t n, double* sums);
+
+using ResidualPush = void (*)(const void* before, const void* after, int64_t n, void* out);
+
+// out = base * hidden + sum_k weights[k] * slots[k], terms added in the order of k; hidden may be null: not read then.
+using ResidualForecast = void (*)(const void* hidden, float base, const void* const* slots, const float* weights,
+                                  int64_t terms, int64_t n, void* out);
+
+struct ResidualKernels {  // indexed by DType
+  ResidualL1 residual_l1[kDTypes];
+  L1 l1[kDTypes];
+  ResidualPush residual_push[kDTypes];
+};
+
+struct ForecastKernels {
+  ResidualForecast residual_forecast[kDTypes];
+};
+
+// Each instruction set's tables; the namespaces are CMake's names for the sets of compiler flags.
+namespace baseline {
+extern const ResidualKernels residual_kernels;
+extern const ForecastKernels forecast_kernels;
+}  // namespace baseline
+namespace avx2 {
+extern const ResidualKernels residual_kernels;
+extern const ForecastKernels forecast_kernels;
+}  // namespace avx2
+namespace avx512 {
+extern const ResidualKernels residual_kernels;
+extern const ForecastKernels forecast_kernels;
+}  // namespace avx512
+
+// The best set that this CPU runs and CACHEDIT_CPU_CAPABILITY allows. Chosen at the first call.
+struct Kernels {
+  const char* capability;  // "default", "avx2" or "avx512"
+  const ResidualKernels* residual;
+  const ForecastKernels* forecast;
+};
+const Kernels& kernels();
+
+}  // namespace cachedit

@@ -1,0 +1,60 @@
+// Running the kernels over whole tensors: every stream is cut into chunks of a fixed size, and chunks go to threads.
+// What a chunk computes does not depend on the number of threads, so neither do the results.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/strided.h"
+
+namespace cachedit {
+
+// Asks for huge pages under a large new tensor: its first write otherwise spends more time on page faults than on
+// arithmetic. The allocator maps large tensors anew each time.
+void advise_new_memory(void* data, int64_t bytes);
+
+// A contiguous result.
+struct Target {
+  void* data;
+  int element_size;
+  void* at(int64_t i) const { return static_cast<char*>(data) + i * element_size; }
+};
+
+struct SumsStream {
+  DType dtype;
+  int64_t rows;     // a pair of sums for each: 1, or the batch
+  int64_t columns;  // elements of a row
+  std::vector<Elements> inputs;
+};
+
+// Into [S, rows, 2]. inputs: before, after, anchor.
+void residual_l1(const std::vector<SumsStream>& streams, float* out);
+
+// inputs: previous, current.
+void l1(const std::vector<SumsStream>& streams, float* out);
+
+struct PushStream {
+  DType dtype;
+  int64_t rows;
+  int64_t columns;
+  Elements before;
+  Elements after;
+  Target out;
+};
+
+void residual_push(const std::vector<PushStream>& streams);
+
+struct ForecastStream {
+  DType dtype;
+  int64_t rows;
+  int64_t columns;
+  Elements hidden;
+  std::vector<Elements> slots;
+  Target out;
+};
+
+// weights: one for each slot or, per row, [rows, slots].
+void residual_forecast(const std::vector<ForecastStream>& streams, const float* weights, bool per_row, float base);
+
+}  // namespace cachedit

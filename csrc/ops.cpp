@@ -1,0 +1,147 @@
+// The operators as torch calls them: takes over the arguments, checks them, hands pointers to the kernels.
+// Their schemas are defined in Python (cachedit_kernels/*/op.py); this registers implementations for CPU.
+#include "checks.h"
+#include "cpu/launch.h"
+#include "stable.h"
+
+namespace cachedit {
+namespace {
+
+Elements elements(const Tensor& tensor) {
+  return Elements(tensor.data(), tensor.element_size(), tensor.dim, tensor.sizes, tensor.strides);
+}
+
+int64_t rows(const Tensor& tensor, bool per_row) { return per_row ? tensor.sizes[0] : 1; }
+
+int64_t columns(const Tensor& tensor, bool per_row) {
+  return per_row ? tensor.numel / std::max<int64_t>(tensor.sizes[0], 1) : tensor.numel;
+}
+
+using RunSums = void (*)(const std::vector<SumsStream>&, float*);
+
+Tensor sums(std::initializer_list<const Tensors*> inputs, bool per_sample, RunSums run) {
+  const Tensors& first = **inputs.begin();
+  std::vector<SumsStream> streams;
+  streams.reserve(first.size());
+  for (size_t i = 0; i < first.size(); ++i) {
+    streams.push_back(
+        {kernel_dtype(first[i].dtype), rows(first[i], per_sample), columns(first[i], per_sample), {}});
+    streams.back().inputs.reserve(inputs.size());
+    for (const Tensors* tensors : inputs) streams.back().inputs.push_back(elements((*tensors)[i]));
+  }
+  const int64_t count = static_cast<int64_t>(first.size());
+  const int64_t whole[] = {count, 2};
+  const int64_t sampled[] = {count, streams[0].rows, 2};
+  Tensor out = per_sample ? Tensor::empty(sampled, 3, float32_dtype()) : Tensor::empty(whole, 2, float32_dtype());
+  run(streams, static_cast<float*>(out.mutable_data()));
+  return out;
+}
+
+// residual_l1(Tensor[] before, Tensor[] after, Tensor[] anchor, bool per_sample) -> Tensor
+void boxed_residual_l1(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensors before = take_tensors(stack[0]), after = take_tensors(stack[1]), anchor = take_tensors(stack[2]);
+  const bool per_sample = torch::stable::detail::to<bool>(stack[3]);
+  check_streams("residual_l1", {{"before", before}, {"after", after}, {"anchor", anchor}});
+  if (per_sample) check_batch("residual_l1", {"before", before});
+  stack[0] = give(sums({&before, &after, &anchor}, per_sample, residual_l1));
+}
+
+// l1(Tensor[] previous, Tensor[] current, bool per_sample) -> Tensor
+void boxed_l1(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensors previous = take_tensors(stack[0]), current = take_tensors(stack[1]);
+  const bool per_sample = torch::stable::detail::to<bool>(stack[2]);
+  check_streams("l1", {{"previous", previous}, {"current", current}});
+  if (per_sample) check_batch("l1", {"previous", previous});
+  stack[0] = give(sums({&previous, &current}, per_sample, l1));
+}
+
+// residual_push(Tensor[] before, Tensor[] after, Tensor(a!)[] ring, Tensor slot) -> (), and with `int slot`
+template <bool kTensorSlot>
+void boxed_residual_push(StableIValue* stack, uint64_t, uint64_t) {
+  const char* op = "residual_push";
+  const Tensors before = take_tensors(stack[0]), after = take_tensors(stack[1]), ring = take_tensors(stack[2]);
+  const Tensor slot_tensor = kTensorSlot ? take_tensor(stack[3]) : Tensor();
+  check_streams(op, {{"before", before}, {"after", after}});
+  check_ring(op, {"before", before}, ring);
+  check_writable(op, ring);
+  int64_t slot;
+  if constexpr (kTensorSlot) {
+    slot = checked_slot(op, slot_tensor, {"before", before}, ring);
+  } else {
+    slot = torch::stable::detail::to<int64_t>(stack[3]);
+    check_slot(op, slot, ring);
+  }
+  check_aliases(op, {{"before", before}, {"after", after}}, ring);
+
+  std::vector<PushStream> streams;
+  streams.reserve(before.size());
+  for (size_t i = 0; i < before.size(); ++i) {
+    const Target whole{ring[i].mutable_data(), ring[i].element_size()};
+    streams.push_back({kernel_dtype(before[i].dtype), 1, before[i].numel, elements(before[i]), elements(after[i]),
+                       Target{whole.at(slot * ring[i].strides[0]), whole.element_size}});
+  }
+  residual_push(streams);
+}
+
+// residual_forecast(Tensor[] hidden, Tensor[] ring, Tensor weights, float base) -> Tensor[], and with `float[] weights`
+template <bool kTensorWeights>
+void boxed_residual_forecast(StableIValue* stack, uint64_t, uint64_t) {
+  const char* op = "residual_forecast";
+  const Tensors hidden = take_tensors(stack[0]), ring = take_tensors(stack[1]);
+  std::vector<float> weights;
+  Tensor weights_tensor;
+  if constexpr (kTensorWeights) {
+    weights_tensor = take_tensor(stack[2]);
+  } else {
+    weights = take_floats(stack[2]);
+  }
+  const float base = static_cast<float>(torch::stable::detail::to<double>(stack[3]));
+  check_streams(op, {{"hidden", hidden}});
+  check_ring(op, {"hidden", hidden}, ring);
+  if constexpr (kTensorWeights) {
+    check_weights(op, weights_tensor, {"hidden", hidden}, ring);
+    weights.resize(weights_tensor.numel);
+    const Elements values = elements(weights_tensor);
+    for (int64_t i = 0; i < weights_tensor.numel; ++i) {
+      weights[i] = *static_cast<const float*>(values.read(i, 1, &weights[i]));
+    }
+  } else {
+    check_weights(op, weights.size(), ring);
+  }
+  const bool per_row = kTensorWeights && weights_tensor.dim == 2;
+
+  Tensors out;
+  std::vector<ForecastStream> streams;
+  out.reserve(hidden.size());
+  streams.reserve(hidden.size());
+  for (size_t i = 0; i < hidden.size(); ++i) {
+    const Tensor& h = hidden[i];
+    const Tensor& r = ring[i];
+    out.push_back(Tensor::empty(h.sizes, h.dim, h.dtype));
+    const Target target{out.back().mutable_data(), h.element_size()};
+    advise_new_memory(target.data, h.numel * h.element_size());
+    std::vector<Elements> slots;
+    slots.reserve(r.sizes[0]);
+    const char* data = static_cast<const char*>(r.data());
+    for (int64_t k = 0; k < r.sizes[0]; ++k) {
+      const char* slot = data + k * r.strides[0] * r.element_size();
+      slots.emplace_back(slot, r.element_size(), r.dim - 1, r.sizes + 1, r.strides + 1);
+    }
+    streams.push_back({kernel_dtype(h.dtype), rows(h, per_row), columns(h, per_row), elements(h), std::move(slots),
+                       target});
+  }
+  residual_forecast(streams, weights.data(), per_row, base);
+  stack[0] = give(std::move(out));
+}
+
+}  // namespace
+}  // namespace cachedit
+
+STABLE_TORCH_LIBRARY_IMPL(cachedit, CPU, m) {
+  m.impl("residual_l1", cachedit::boxed_residual_l1);
+  m.impl("l1", cachedit::boxed_l1);
+  m.impl("residual_push", cachedit::boxed_residual_push<true>);
+  m.impl("residual_push.int", cachedit::boxed_residual_push<false>);
+  m.impl("residual_forecast", cachedit::boxed_residual_forecast<true>);
+  m.impl("residual_forecast.floats", cachedit::boxed_residual_forecast<false>);
+}

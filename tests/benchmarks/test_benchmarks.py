@@ -1,0 +1,34 @@
+"""The operator benchmarks run to the end at a small size and leave rows that can be read."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+OPERATORS = {
+    "bench_residual.py": ["residual_l1", "l1", "residual_push", "residual_push", "residual_push"],
+    "bench_forecast.py": ["residual_forecast"] * 3,
+}
+
+
+def test_benchmarks_add_rows_to_one_history(tmp_path: Path) -> None:
+    history = tmp_path / "history" / "operators.csv"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    for script in OPERATORS:
+        command = [sys.executable, ROOT / "benchmarks" / script, "--device", "cpu", "--mb", "0.1", "--dtype", "float32"]
+        command += ["--rounds", "1", "--no-compile", "--csv", history]
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+    with history.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["operator"] for row in rows] == [operator for names in OPERATORS.values() for operator in names]
+    for row in rows:
+        assert all(row[column] for column in ("date", "device", "torch", "backend")) and row["dtype"] == "float32"
+        assert all(float(row[column]) > 0 for column in ("ours_ms", "eager_ms", "copy_ms", "ours_gbps"))
+
+
+def test_gpu_check_is_valid_shell() -> None:
+    subprocess.run(["bash", "-n", ROOT / "benchmarks" / "gpu_check.sh"], check=True)

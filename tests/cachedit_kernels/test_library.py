@@ -1,0 +1,108 @@
+"""The operators as torch sees them: schemas, fakes, functionalization, compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import cachedit_kernels
+from cachedit_kernels import _backend
+from operands import make
+
+OPS = torch.ops.cachedit
+
+
+def streams(seed: int, *leading: int) -> list[Tensor]:
+    return [
+        make((*leading, 2, 8, 16), torch.float32, "contiguous", seed),
+        make((*leading, 2, 5), torch.bfloat16, "contiguous", seed),
+    ]
+
+
+CALLS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
+    "residual_l1": (OPS.residual_l1.default, lambda: (streams(0), streams(1), streams(2))),
+    "residual_l1 per sample": (OPS.residual_l1.default, lambda: (streams(0), streams(1), streams(2), True)),
+    "l1": (OPS.l1.default, lambda: (streams(0), streams(1))),
+    "l1 per sample": (OPS.l1.default, lambda: (streams(0), streams(1), True)),
+    "residual_push": (OPS.residual_push.default, lambda: (streams(0), streams(1), streams(2, 3), torch.tensor(1))),
+    "residual_push.int": (OPS.residual_push.int, lambda: (streams(0), streams(1), streams(2, 3), 1)),
+    "residual_forecast": (
+        OPS.residual_forecast.default,
+        lambda: (streams(0), streams(1, 2), torch.tensor([2.0, -1.0])),
+    ),
+    "residual_forecast per sample": (
+        OPS.residual_forecast.default,
+        lambda: (streams(0), streams(1, 2), torch.ones(2, 2)),
+    ),
+    "residual_forecast.floats": (OPS.residual_forecast.floats, lambda: (streams(0), streams(1, 2), [2.0, -1.0], 0.5)),
+}
+each_call = pytest.mark.parametrize("operator, arguments", CALLS.values(), ids=CALLS)
+
+
+@each_call
+def test_opcheck(operator: Any, arguments: Callable[[], tuple[Any, ...]]) -> None:
+    torch.library.opcheck(operator, arguments())
+
+
+def test_every_overload_is_opchecked() -> None:
+    tested = {operator.name() for operator, _ in CALLS.values()}
+    defined = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("cachedit::")}
+    listed = {f"cachedit::{o}" for operator in _backend.OPERATORS.values() for o in operator.overloads}
+    assert tested == listed and listed <= defined
+
+
+@each_call
+def test_fake_results_look_like_real_ones(operator: Any, arguments: Callable[[], tuple[Any, ...]]) -> None:
+    real = operator(*arguments())
+    with FakeTensorMode() as mode:
+        fake = operator(*torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, arguments()))
+    assert isinstance(real, list) == isinstance(fake, list)
+    for r, f in zip(*map(torch.utils._pytree.tree_leaves, (real, fake))):
+        assert (r.shape, r.stride(), r.dtype) == (f.shape, f.stride(), f.dtype) if r is not None else f is None
+
+
+@each_call
+def test_meta_tensors(operator: Any, arguments: Callable[[], tuple[Any, ...]]) -> None:
+    meta = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), arguments())
+    for result in torch.utils._pytree.tree_leaves(operator(*meta)):
+        assert result is None or result.is_meta
+
+
+def test_a_step_compiles_into_one_graph() -> None:
+    """All operators in one function, fullgraph: same results, the ring written in place, no recompilation."""
+
+    def step(before: Tensor, after: Tensor, ring: Tensor, slot: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        residual = after.sin() - before
+        sums = cachedit_kernels.residual_l1([before, before], [after.sin(), after], [residual, ring[0]], True)
+        cachedit_kernels.residual_push([before * 1], [after + 1], [ring], slot)
+        (out,) = cachedit_kernels.residual_forecast([before], [ring], weights)
+        return sums, out + cachedit_kernels.l1([before], [after])[0, 0]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True)
+    for slot in range(3):
+        before, after = (make((2, 8, 16), torch.float32, "contiguous", seed + slot) for seed in range(2))
+        rings = [make((3, 2, 8, 16), torch.float32, "contiguous", 9) for _ in range(2)]
+        slots, weights = torch.tensor(slot), torch.tensor([1.0, slot, 2.0])
+        expected = step(before, after, rings[0], slots, weights)
+        with torch.compiler.set_stance("fail_on_recompile" if slot else "default"):
+            got = compiled(before, after, rings[1], slots, weights)
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(rings[1], rings[0])
+
+
+def test_inference_mode_writes_into_a_ring_made_outside_it() -> None:
+    ring = torch.zeros(1, 3)
+    with torch.inference_mode():
+        cachedit_kernels.residual_push([torch.zeros(3)], [torch.ones(3)], [ring], 0)
+    assert ring.tolist() == [[1.0] * 3]
+
+
+def test_inputs_that_require_grad_give_values() -> None:
+    x = torch.ones(3, requires_grad=True)
+    assert cachedit_kernels.residual_l1([x], [x * 3], [x]).tolist() == [[3.0, 3.0]]

@@ -1,0 +1,37 @@
+"""The examples that need nothing from outside run, and say what they should."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(name, folder):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, EXAMPLES / name], cwd=folder, env=environment, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_custom_pipeline(tmp_path):
+    assert run("custom_pipeline.py", tmp_path).count("| Denoiser.blocks | default | 28 ") == 2
+
+
+def test_embedded_model(tmp_path):
+    text = run("embedded_model.py", tmp_path)
+    assert "| cond   | 28    | 17 " in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "cached-0.png",
+        "cached-1.png",
+        "plain-0.png",
+        "plain-1.png",
+    ]
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_every_example_compiles(path):
+    compile(path.read_text(), str(path), "exec")
