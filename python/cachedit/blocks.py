@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -270,7 +271,7 @@ class _InterceptedList(nn.ModuleList):
         link = None if forward is None else vars(self)["_cachedit_links"].get(forward.controller)
         if forward is None or link is None:
             return super().__iter__()
-        return _sites(forward.sections[link.index], link, self._modules.values())
+        return _sites(forward.sections[link.index], link, list(self._modules.values()))
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):  # a slice is a plain list of the same blocks
@@ -278,33 +279,33 @@ class _InterceptedList(nn.ModuleList):
         return super().__getitem__(index)
 
 
-def _sites(run: SectionRun, link: Link, blocks: Any) -> Iterator[Any]:
-    section = run.section
-    first, last = section.first, section.last
+def _sites(run: SectionRun, link: Link, blocks: list[nn.Module]) -> Iterator[Any]:
+    # First and last block of the body, numbered within this list; outside of it where they stand in another one.
+    first, last, count = run.section.first - link.offset, run.section.last - link.offset, len(blocks)
     if first > last:  # empty body
         yield from blocks
         return
     pattern = link.signature.pattern
-    head_only = pattern.Forward_H_only and not pattern.Return_H_Only
-    passed_on: Any = None
-    for number, block in enumerate(blocks, link.offset):
-        if first < number < last:
-            # Once the step is decided, nothing more stands in between.
-            if not run.decided:
-                yield _Body(block, run, link)
-            elif not run.reuse or run.streams is None:
-                yield block
-            else:
-                passed_on = pattern.pack(*run.streams) if passed_on is None else passed_on
-                yield _Skip(block, passed_on)
-        elif number in (first, last):
-            yield _Edge(block, run, link, number == first, number == last)
-        elif head_only and number == first - 1:
-            yield _HeadEnd(block, run, link)
-        elif number == 0:
-            yield _Open(block, run, link)
+    for i in range(min(first, count)):
+        if i == first - 1 and pattern.Forward_H_only and not pattern.Return_H_Only:
+            yield _HeadEnd(blocks[i], run, link)
+        elif i + link.offset == 0:
+            yield _Open(blocks[i], run, link)
         else:
-            yield block
+            yield blocks[i]
+    if 0 <= first < count:
+        yield _Edge(blocks[first], run, link, True, first == last)
+    inside = blocks[max(first + 1, 0) : max(last, 0)]
+    if not run.decided:
+        for block in inside:
+            yield _Body(block, run, link)
+    elif run.reuse and run.streams is not None:
+        yield from map(_Skip, inside, repeat(pattern.pack(*run.streams)))
+    else:
+        yield from inside  # the step is computed: the blocks themselves, nothing in between
+    if first < last and 0 <= last < count:
+        yield _Edge(blocks[last], run, link, False, True)
+    yield from blocks[max(last + 1, 0) :]
 
 
 def _shapes(tensors: list[torch.Tensor]) -> str:

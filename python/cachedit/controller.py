@@ -76,9 +76,21 @@ class CachedForward:
         functools.update_wrapper(self, original)
         self.controller = controller
         self.original = original
+        self.uncompiled = _uncompiled_forward()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            # What changes from step to step must not be traced; blocks can be compiled by themselves.
+            return self.uncompiled(self.controller, self.original, args, kwargs)
         return self.controller.forward(self.original, args, kwargs)
+
+
+@functools.cache
+def _uncompiled_forward() -> Any:
+    def forward(controller: Controller, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return controller.forward(original, args, kwargs)
+
+    return torch.compiler.disable(forward)  # imports dynamo: not before a cache is enabled
 
 
 class Controller:

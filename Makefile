@@ -1,0 +1,36 @@
+# `make demo` and `make test` do all the set-up themselves, in $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+# CPU threads of benchmarks and tests are torch's default: all cores.
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint setup benchmark clean
+
+demo: setup
+	$(BIN)/cachedit demo --out demo
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+benchmark: setup
+	$(BIN)/python benchmarks/bench_residual.py --device cpu --mb 1 64
+	$(BIN)/python benchmarks/bench_forecast.py --device cpu --mb 1 64
+	$(BIN)/python benchmarks/bench_engine.py
+
+setup: $(READY)
+
+# torch is pinned: a newer one brings several GB of CUDA packages to machines that need none of them.
+$(READY): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q torch==2.13.0 "setuptools>=77" "cmake>=3.24" ninja
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build demo *.egg-info cachedit_kernels/*.so
