@@ -1,11 +1,10 @@
-"""Host time and operator calls of the cache itself: a model of 57 blocks that do nothing, so that all else is the cache.
+"""Host time and operator calls of the cache itself, around 57 blocks that do nothing.
 
     python benchmarks/bench_engine.py [--rounds 15] [--csv PATH]
 
 Rows: a step that is computed, one that is measured and reused, one that a static mask reuses; ours and, if it is
-installed, cache_dit on the same model, in turns in one process. "above the loop" is the time above the bare loop over 57
-blocks that a computed step contains; reused steps skip most of that loop and can come out below it, so they are also
-compared with a loop over the blocks that they do run (the first one).
+installed, cache_dit on the same model, in turns in one process. "above loop" is the time above a bare loop over the blocks
+that the step runs: all 57 for a computed step, the first one for a reused step.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import device_name
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import cachedit
 from cachedit import BlockAdapter, DBCacheConfig, ForwardPattern, TaylorSeerCalibratorConfig
 from cachedit_kernels.testing.timing import paired_medians
+from common import device_name
 
 RESULTS = Path(__file__).parent / "results" / "engine.csv"
 COLUMNS = ("date", "device", "torch", "engine", "step", "microseconds", "above_loop_us", "operators")
@@ -118,7 +117,8 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=RESULTS, help="history to add to (default: %(default)s)")
     arguments = parser.parse_args()
 
-    models: dict[tuple[str, str], nn.Module | None] = {("none", "bare loop"): Loop(), ("none", "first block"): Loop(1, 0)}
+    models: dict[tuple[str, str], nn.Module | None] = {}
+    models["none", "bare loop"], models["none", "first block"] = Loop(), Loop(1, 0)
     for step, settings in STEPS.items():
         models["cachedit", step] = ours(settings)
         models["cache_dit", step] = peer(settings)

@@ -12,10 +12,10 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
-from common import Case, options, run
 from torch import Tensor
 
 import cachedit_kernels
+from common import Case, options, run
 
 
 def cases(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from common import Case, options, run
 from torch import Tensor
 
 import cachedit_kernels
+from common import Case, options, run
 
 
 def cases(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:

@@ -1,6 +1,6 @@
 """Draws docs/step.png, the picture of one denoising step in docs/architecture.md.
 
-    python docs/draw_step.py
+python docs/draw_step.py
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ BLOCK, KERNEL, HOST = "#dfe7ef", "#cfe8d5", "#f6e3c5"
 
 def box(axis, x, y, width, height, text, colour, size=9):
     axis.add_patch(
-        FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0.02,rounding_size=0.06", fc=colour, ec="0.35", lw=0.9)
+        FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0.02,rounding_size=0.06", fc=colour, ec="0.35")
     )
     axis.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=size)
 
@@ -29,7 +29,8 @@ def arrow(axis, start, end, text="", dx=0.0, dy=0.0, style="-", colour="0.25", b
         )
     )  # fmt: skip
     if text:
-        axis.text((start[0] + end[0]) / 2 + dx, (start[1] + end[1]) / 2 + dy, text, fontsize=8, ha="center", color=colour)
+        middle = (start[0] + end[0]) / 2 + dx, (start[1] + end[1]) / 2 + dy
+        axis.text(*middle, text, fontsize=8, ha="center", color=colour)
 
 
 def main() -> None:

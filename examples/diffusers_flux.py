@@ -1,6 +1,6 @@
 """Caching a diffusers FLUX pipeline: two lines more than without.
 
-    python examples/diffusers_flux.py --model black-forest-labs/FLUX.1-dev --prompt "a cat holding a sign"
+python examples/diffusers_flux.py --model black-forest-labs/FLUX.1-dev --prompt "a cat holding a sign"
 """
 
 import argparse

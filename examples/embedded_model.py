@@ -1,6 +1,6 @@
 """The shipped model with and without the cache, in a few lines. Runs offline, in seconds.
 
-    python examples/embedded_model.py
+python examples/embedded_model.py
 """
 
 import time

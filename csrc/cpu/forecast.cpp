@@ -6,22 +6,29 @@ namespace cachedit {
 namespace CACHEDIT_ISA {
 namespace {
 
-constexpr int kVectors = 4;  // in flight, to hide latencies
-constexpr int kGroup = kVectors * kWidth;
+constexpr int kPairs = 2;  // in flight, to hide latencies
+constexpr int kGroup = kPairs * kPair;
+
+inline Pair scaled(float factor, Pair x) { return {factor * x.a, factor * x.b}; }
+
+inline void add_term(float factor, Pair x, Pair* total) {
+  total->a += factor * x.a;
+  total->b += factor * x.b;
+}
 
 template <class Format>
 inline void forecast_group(const typename Format::Element* hidden, float base,
                            const typename Format::Element* const* slots, const float* weights, int64_t terms,
                            int64_t offset, typename Format::Element* out) {
-  Floats total[kVectors] = {};
+  Pair total[kPairs] = {};
   if (hidden != nullptr) {
-    for (int v = 0; v < kVectors; ++v) total[v] = base * Format::load(hidden + v * kWidth);
+    for (int p = 0; p < kPairs; ++p) total[p] = scaled(base, Format::load(hidden + p * kPair));
   }
   for (int64_t k = 0; k < terms; ++k) {
     const typename Format::Element* slot = slots[k] + offset;
-    for (int v = 0; v < kVectors; ++v) total[v] += weights[k] * Format::load(slot + v * kWidth);
+    for (int p = 0; p < kPairs; ++p) add_term(weights[k], Format::load(slot + p * kPair), &total[p]);
   }
-  for (int v = 0; v < kVectors; ++v) Format::store(out + v * kWidth, total[v]);
+  for (int p = 0; p < kPairs; ++p) Format::store(out + p * kPair, total[p]);
 }
 
 // The last, incomplete group: every input is widened from a padded copy.
@@ -32,16 +39,16 @@ inline void forecast_rest(const typename Format::Element* hidden, float base,
   using Element = typename Format::Element;
   const int64_t bytes = count * sizeof(Element);
   Element padded[kGroup] = {};
-  Floats total[kVectors] = {};
+  Pair total[kPairs] = {};
   if (hidden != nullptr) {
     __builtin_memcpy(padded, hidden, bytes);
-    for (int v = 0; v < kVectors; ++v) total[v] = base * Format::load(padded + v * kWidth);
+    for (int p = 0; p < kPairs; ++p) total[p] = scaled(base, Format::load(padded + p * kPair));
   }
   for (int64_t k = 0; k < terms; ++k) {
     __builtin_memcpy(padded, slots[k] + offset, bytes);
-    for (int v = 0; v < kVectors; ++v) total[v] += weights[k] * Format::load(padded + v * kWidth);
+    for (int p = 0; p < kPairs; ++p) add_term(weights[k], Format::load(padded + p * kPair), &total[p]);
   }
-  for (int v = 0; v < kVectors; ++v) Format::store(padded + v * kWidth, total[v]);
+  for (int p = 0; p < kPairs; ++p) Format::store(padded + p * kPair, total[p]);
   __builtin_memcpy(out, padded, bytes);
 }
 

@@ -11,8 +11,8 @@
 namespace cachedit {
 namespace {
 
-constexpr int64_t kChunk = 4096;        // elements; a multiple of the kernels' blocks
-constexpr int64_t kGrain = 16 * kChunk;  // what is worth a thread, about 10 microseconds
+constexpr int64_t kChunk = 16384;       // elements; a multiple of the kernels' blocks
+constexpr int64_t kGrain = 4 * kChunk;   // what is worth a thread, about 10 microseconds
 constexpr int64_t kScratch = kChunk * sizeof(float);
 
 // The chunks of all streams, numbered through. A chunk lies within one row.

@@ -6,15 +6,17 @@ namespace cachedit {
 namespace CACHEDIT_ISA {
 namespace {
 
-// Sums are laid out alike for every instruction set, so that all give the same bits: element i of a block goes to lane
-// i % kLanes in float32, the lanes are added pairwise, and blocks are added in float64. A lane adds up 32 numbers.
+// Sums are laid out alike for every instruction set, so that all give the same bits: element i of a call goes to lane
+// i % kLanes, whose float32 sum over a block of 64 elements of its own is added to the lane's float32 total; in the end
+// the lanes are added pairwise. A call takes some thousand elements, and callers add up calls in float64.
 constexpr int kLanes = 32;
-constexpr int kVectors = kLanes / kWidth;
-constexpr int64_t kBlock = 32 * kLanes;
+constexpr int kPairs = kLanes / kPair;
+constexpr int64_t kBlock = 64 * kLanes;
 
-float add_lanes(const Floats* vectors) {
+template <class Format>
+float add_lanes(const Pair* sums) {
   float lanes[kLanes];
-  __builtin_memcpy(lanes, vectors, sizeof lanes);
+  for (int p = 0; p < kPairs; ++p) Format::store_floats(lanes + p * kPair, sums[p]);
   for (int half = kLanes / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   }
@@ -34,22 +36,28 @@ struct PlainTerms {  // inputs: previous, current
 };
 
 template <class Format, class Terms>
-inline void add_group(const typename Format::Element* const* inputs, int64_t offset, Floats* differences,
-                      Floats* scales) {
-  for (int v = 0; v < kVectors; ++v) {
-    Floats x[Terms::kInputs];
-    for (int i = 0; i < Terms::kInputs; ++i) x[i] = Format::load(inputs[i] + offset + v * kWidth);
-    differences[v] += abs(Terms::difference(x));
-    scales[v] += abs(Terms::scale(x));
+inline void add_group(const typename Format::Element* const* inputs, int64_t offset, Pair* differences, Pair* scales) {
+  for (int p = 0; p < kPairs; ++p) {
+    Floats a[Terms::kInputs], b[Terms::kInputs];
+    for (int i = 0; i < Terms::kInputs; ++i) {
+      const Pair x = Format::load(inputs[i] + offset + p * kPair);
+      a[i] = x.a;
+      b[i] = x.b;
+    }
+    differences[p].a += abs(Terms::difference(a));
+    differences[p].b += abs(Terms::difference(b));
+    scales[p].a += abs(Terms::scale(a));
+    scales[p].b += abs(Terms::scale(b));
   }
 }
 
 template <class Format, class Terms>
 void two_sums(const typename Format::Element* const* inputs, int64_t n, double* sums) {
   using Element = typename Format::Element;
+  Pair total_differences[kPairs] = {}, total_scales[kPairs] = {};
   for (int64_t block = 0; block < n; block += kBlock) {
     const int64_t stop = n - block < kBlock ? n : block + kBlock;
-    Floats differences[kVectors] = {}, scales[kVectors] = {};
+    Pair differences[kPairs] = {}, scales[kPairs] = {};
     int64_t i = block;
     for (; i + kLanes <= stop; i += kLanes) add_group<Format, Terms>(inputs, i, differences, scales);
     if (i < stop) {  // padded with zeros, which add nothing
@@ -61,9 +69,15 @@ void two_sums(const typename Format::Element* const* inputs, int64_t n, double* 
       }
       add_group<Format, Terms>(rest, 0, differences, scales);
     }
-    sums[0] += add_lanes(differences);
-    sums[1] += add_lanes(scales);
+    for (int p = 0; p < kPairs; ++p) {
+      total_differences[p].a += differences[p].a;
+      total_differences[p].b += differences[p].b;
+      total_scales[p].a += scales[p].a;
+      total_scales[p].b += scales[p].b;
+    }
   }
+  sums[0] += add_lanes<Format>(total_differences);
+  sums[1] += add_lanes<Format>(total_scales);
 }
 
 template <class Format>
@@ -82,19 +96,26 @@ void l1(const void* previous, const void* current, int64_t n, double* sums) {
 }
 
 template <class Format>
+inline void push_pair(const typename Format::Element* before, const typename Format::Element* after,
+                      typename Format::Element* out) {
+  const Pair b = Format::load(before), a = Format::load(after);
+  Format::store(out, {a.a - b.a, a.b - b.b});
+}
+
+template <class Format>
 void residual_push(const void* before, const void* after, int64_t n, void* out) {
   using Element = typename Format::Element;
   const Element* b = static_cast<const Element*>(before);
   const Element* a = static_cast<const Element*>(after);
   Element* o = static_cast<Element*>(out);
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) Format::store(o + i, Format::load(a + i) - Format::load(b + i));
+  for (; i + kPair <= n; i += kPair) push_pair<Format>(b + i, a + i, o + i);
   if (i < n) {
-    Element rest[3][kWidth] = {};
+    Element rest[3][kPair] = {};
     const int64_t bytes = (n - i) * sizeof(Element);
     __builtin_memcpy(rest[0], b + i, bytes);
     __builtin_memcpy(rest[1], a + i, bytes);
-    Format::store(rest[2], Format::load(rest[1]) - Format::load(rest[0]));
+    push_pair<Format>(rest[0], rest[1], rest[2]);
     __builtin_memcpy(o + i, rest[2], bytes);
   }
 }

@@ -8,6 +8,7 @@ from cachedit_kernels import __version__
 from .adapter import BlockAdapter
 from .api import disable_cache, enable_cache, refresh_context, summary
 from .config import BasicCacheConfig, CacheType, CalibratorConfig, DBCacheConfig, TaylorSeerCalibratorConfig
+from .load import load_cache_config, load_configs, load_options
 from .mask import steps_mask
 from .pattern import ForwardPattern
 from .stats import CacheStats
@@ -24,6 +25,9 @@ __all__ = [
     "__version__",
     "disable_cache",
     "enable_cache",
+    "load_cache_config",
+    "load_configs",
+    "load_options",
     "refresh_context",
     "steps_mask",
     "summary",

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from toys import flux_inputs, make_toy, tiny_flux
 
 from cachedit.oracle import oracle
+from toys import flux_inputs, make_toy, tiny_flux
 
 
 def all_blocks(model):

@@ -51,7 +51,7 @@ print(backends()["l1"]["cpu"].reason, *digests, sep="|")
 
 
 def run(**environment: str) -> tuple[str, str]:
-    result = python(SCRIPT, PYTHONPATH=str(Path(__file__).parents[1]), **environment)
+    result = python(SCRIPT, PYTHONPATH=str(Path(__file__).parents[1] / "helpers"), **environment)
     assert result.returncode == 0, result.stderr
     reason, *digests = result.stdout.strip().split("|")
     assert len(digests) == 1, f"{reason}: results depend on the number of threads"

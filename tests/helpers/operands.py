@@ -12,8 +12,8 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Around the kernels' vectors (4, 8, 16, 32 lanes), blocks (1024) and chunks (4096).
-LENGTHS = (1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 63, 65, 127, 1023, 1024, 1025, 4095, 4096, 4097, 9001)
+# Around the kernels' vectors and groups (4 to 32 elements), blocks (2048) and chunks (16384).
+LENGTHS = (1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 63, 65, 127, 2047, 2048, 2049, 16383, 16384, 16385, 36001)
 SHAPES = (
     *((n,) for n in LENGTHS),
     (),
@@ -24,8 +24,8 @@ SHAPES = (
     (2, 3),
     (1, 77, 8),
     (2, 33, 129),
-    (3, 2, 4100),
-    (2, 1, 4096),
+    (3, 2, 8200),
+    (2, 1, 16384),
     (700, 3),
     (2, 3, 5, 7, 11),
 )

@@ -1,0 +1,87 @@
+"""Reads a YAML or JSON file into a dictionary; errors name the file and the line."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Document", "read_document"]
+
+Document = str | os.PathLike[str] | Mapping[str, Any]
+
+
+def read_document(path_or_dict: Document) -> tuple[dict[str, Any], str]:
+    """Return the content of a file or a dictionary, and the text that errors about it begin with.
+
+    Args:
+        path_or_dict: A JSON file (by the suffix ``.json``), another file, which is read as YAML, or a dictionary.
+
+    Returns:
+        A copy of the mapping at the top; ``"path: "``, or nothing for a dictionary.
+
+    Raises:
+        ValueError: If the file is malformed, gives a key twice, or holds something else than a mapping.
+        FileNotFoundError: If there is no such file.
+        ImportError: For a YAML file where PyYAML is not installed.
+        TypeError: If ``path_or_dict`` is neither a path nor a dictionary.
+    """
+    if isinstance(path_or_dict, Mapping):
+        return dict(path_or_dict), ""
+    if not isinstance(path_or_dict, str | os.PathLike):
+        raise TypeError(f"path_or_dict must be a path or a dictionary, got {type(path_or_dict).__name__}")
+    path = Path(path_or_dict)
+    raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}:{raw[: error.start].count(10) + 1}: not UTF-8: {error.reason}") from None
+    content = _json(text, path) if path.suffix.lower() == ".json" else _yaml(text, path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: the file must hold a mapping of keys, got {content!r:.50}")
+    return content, f"{path}: "
+
+
+def _json(text: str, path: Path) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"{path}: {key} is given twice")
+        return dict(pairs)
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: malformed JSON: {error.msg}") from None
+
+
+def _yaml(text: str, path: Path) -> Any:
+    try:
+        import yaml
+    except ImportError:
+        raise ImportError(f"{path}: YAML files need PyYAML (pip install pyyaml); JSON files do not") from None
+    try:
+        for key, line in _repeated_keys(yaml.compose(text, yaml.SafeLoader)):
+            raise ValueError(f"{path}:{line + 1}: {key} is given twice")
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = text.count("\n", 0, getattr(error, "position", 0)) if mark is None else mark.line
+        reason = getattr(error, "problem", None) or getattr(error, "reason", error)
+        raise ValueError(f"{path}:{line + 1}: malformed YAML: {reason}") from None
+
+
+def _repeated_keys(node: Any) -> Iterator[tuple[str, int]]:
+    """Find the keys that a mapping has twice, of which PyYAML would keep the last, and their lines (from 0)."""
+    kind = getattr(node, "id", "scalar")
+    seen = set()
+    for key, value in node.value if kind == "mapping" else ():
+        if key.id == "scalar" and key.value in seen:
+            yield key.value, key.start_mark.line
+        seen.add(key.value if key.id == "scalar" else None)
+        yield from _repeated_keys(value)
+    for item in node.value if kind == "sequence" else ():
+        yield from _repeated_keys(item)

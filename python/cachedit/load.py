@@ -1,0 +1,255 @@
+"""Configuration files: YAML, JSON or a dictionary in, configuration objects out (docs/config-files.md).
+
+The format is the one of ``cache_dit``. Other than there, whatever a file says and the package does not know is an
+error: a misspelt key in a cache configuration would otherwise be a cache that silently does something else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import logging
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar, overload
+
+from .config import BasicCacheConfig, CalibratorConfig, DBCacheConfig, TaylorSeerCalibratorConfig
+from .document import Document, read_document
+from .mask import MASK_POLICIES, steps_mask
+
+__all__ = ["load_cache_config", "load_configs", "load_options"]
+
+logger = logging.getLogger(__name__)
+
+AnyConfig = TypeVar("AnyConfig", BasicCacheConfig, CalibratorConfig)
+Loaded = tuple[BasicCacheConfig | None, CalibratorConfig | None]
+
+
+class _Calibrator(NamedTuple):
+    config: type[CalibratorConfig] | None  # None: known, but not available yet
+    keys: dict[str, str]  # key in the file: field of the configuration
+    defaults: dict[str, Any]  # where files have another default than the configuration
+
+
+_CACHE_TYPES: dict[str, type[BasicCacheConfig] | None] = {"DBCache": DBCacheConfig, "DBPrune": None}
+_SHARED_KEYS = {"calibrator_cache_type": "calibrator_cache_type"}
+_TAYLORSEER_KEYS = {
+    "enable_encoder_taylorseer": "enable_encoder_calibrator",
+    "taylorseer_cache_type": "calibrator_cache_type",
+    "taylorseer_order": "taylorseer_order",
+}
+_DMD_KEYS = {key: key for key in ("dmd_history", "dmd_rank", "dmd_ridge", "dmd_svd_precision")}
+_CALIBRATORS: dict[str, _Calibrator] = {
+    "enable_taylorseer": _Calibrator(
+        TaylorSeerCalibratorConfig, _SHARED_KEYS | _TAYLORSEER_KEYS, {"enable_encoder_calibrator": False}
+    ),
+    "enable_dmd": _Calibrator(None, _SHARED_KEYS | _DMD_KEYS | {"enable_encoder_dmd": "enable_encoder_calibrator"}, {}),
+    "enable_foca": _Calibrator(None, _SHARED_KEYS | {"enable_encoder_foca": "enable_encoder_calibrator"}, {}),
+}
+
+# Sections that nothing uses yet: their keys are checked, and the sizes.
+_SIZES = {"ulysses": "ulysses_size", "ring": "ring_size", "tp": "tp_size"}  # short name: name
+_PARALLELISM_KEYS = (
+    *(*_SIZES, *_SIZES.values(), "backend", "attention_backend", "cp_plan", "extra_parallel_modules"),
+    *("ulysses_anything", "ulysses_float8", "ulysses_async", "ring_rotate_method", "ring_convert_to_fp32"),
+    *("extra_parallel_kwargs", "parallel_kwargs", "use_ray", "ray_num_workers", "ray_address", "ray_runtime_env"),
+    *("ray_init_kwargs", "ray_worker_options", "ray_master_port", "ray_auto_shutdown", "ray_transfer_backend"),
+    *("ray_transfer_custom_obj", "ray_transfer_fn", "ray_use_flashpack", "ray_use_compile"),
+)
+_QUANTIZE_KEYS = (
+    *("backend", "quant_type", "exclude_layers", "regional_quantize", "repeated_blocks", "filter_fn", "verbose"),
+    *("components_to_quantize", "per_tensor_fallback", "precision_plan", "calibrate_fn", "serialize_to", "svdq_kwargs"),
+)
+_SECTIONS = ("cache_config", "parallelism_config", "attention_backend", "quantize_config")
+_TYPE_NAMES = {bool: "true or false", float: "a number", str: "a string", Sequence: "a list", Mapping: "a mapping"}
+
+
+@overload
+def load_configs(path_or_dict: Document, return_dict: Literal[True] = True, **kwargs: Any) -> dict[str, Any]: ...
+@overload
+def load_configs(path_or_dict: Document, return_dict: Literal[False], **kwargs: Any) -> tuple[Any, ...]: ...
+def load_configs(path_or_dict: Document, return_dict: bool = True, **kwargs: Any) -> dict[str, Any] | tuple[Any, ...]:
+    """Load every section of a configuration file.
+
+    Args:
+        path_or_dict: A YAML file, a JSON file (by the suffix ``.json``), or a dictionary of the same shape.
+        return_dict: Return a dictionary, else a tuple in the same order.
+        **kwargs: ``reset=True`` leaves fields that are not given at None, for ``refresh_context``.
+            ``auto_parallel_size`` is accepted and has no effect: a size of ``"auto"`` stays as it is.
+
+    Returns:
+        ``cache_config`` (a ``DBCacheConfig``), ``calibrator_config`` (a ``TaylorSeerCalibratorConfig``),
+        ``parallelism_config`` (a plain dictionary), ``attention_backend`` (a string) and ``quantize_config`` (a plain
+        dictionary); None for what the file does not have.
+
+    Raises:
+        ValueError: For malformed files, unknown keys, values of the wrong type or out of range. The message names the
+            file, the key, what was expected and what came.
+        FileNotFoundError: If there is no such file.
+        ImportError: For a YAML file where PyYAML is not installed.
+
+    Example:
+        >>> load_configs({"cache_config": {"max_warmup_steps": 4}})["cache_config"].max_warmup_steps
+        4
+    """
+    content, where = read_document(path_or_dict)
+    cache_config, calibrator_config = _cache_configs(content, where, **kwargs)
+    loaded = {
+        "cache_config": cache_config,
+        "calibrator_config": calibrator_config,
+        "parallelism_config": _parallelism_config(content, where),
+        "attention_backend": _typed(content.get("attention_backend"), str, f"{where}attention_backend"),
+        "quantize_config": _plain_section(content, "quantize_config", _QUANTIZE_KEYS, where),
+    }
+    return loaded if return_dict else tuple(loaded.values())
+
+
+def load_cache_config(path_or_dict: Document, **kwargs: Any) -> Loaded:
+    """Load the cache and calibrator configuration only: arguments and errors as for :func:`load_configs`.
+
+    Returns:
+        ``(cache_config, calibrator_config)``; both None for a file with other sections only.
+    """
+    content, where = read_document(path_or_dict)
+    return _cache_configs(content, where, **kwargs)
+
+
+def load_options(path_or_dict: Document, reset: bool = False) -> dict[str, Any]:
+    """Deprecated: :func:`load_configs` under its old name. Returns the two configurations that are not None."""
+    warnings.warn("load_options is deprecated, use load_configs", DeprecationWarning, stacklevel=2)
+    options = zip(("cache_config", "calibrator_config"), load_cache_config(path_or_dict, reset=reset), strict=True)
+    return {name: config for name, config in options if config is not None}
+
+
+def _cache_configs(content: dict[str, Any], where: str, reset: bool = False, auto_parallel_size: bool = True) -> Loaded:
+    if not any(key in content for key in _SECTIONS):
+        return _cache_section(content, where, reset, nearby=_SECTIONS)  # the older, flat form
+    for key in content:
+        if key in _cache_keys(DBCacheConfig):
+            raise ValueError(f"{where}{key}: belongs into the section cache_config")
+    _check_keys(content, _SECTIONS, where)
+    if "cache_config" not in content:
+        return None, None
+    section = content["cache_config"]
+    if section is None:
+        raise ValueError(f"{where}cache_config must be a mapping, got None ({{}} for the defaults)")
+    return _cache_section(_typed(section, Mapping, f"{where}cache_config"), f"{where}cache_config: ", reset)
+
+
+def _cache_keys(config_class: type[BasicCacheConfig]) -> list[str]:
+    fields = [field.name for field in dataclasses.fields(config_class)]
+    return [*fields, *_CALIBRATORS, *dict.fromkeys(key for row in _CALIBRATORS.values() for key in row.keys)]
+
+
+def _cache_section(section: Mapping[str, Any], where: str, reset: bool, nearby: Iterable[str] = ()) -> Loaded:
+    cache_type = str(section.get("cache_type") or "DBCache")
+    if cache_type not in _CACHE_TYPES:
+        raise ValueError(f"{where}cache_type must be one of {', '.join(_CACHE_TYPES)}, got {cache_type}")
+    config_class = _CACHE_TYPES[cache_type]
+    if config_class is None:
+        raise ValueError(f"{where}cache_type: {cache_type} is not available in this version yet")
+    _check_keys(section, _cache_keys(config_class), where, nearby)
+    given = {key: value for key, value in section.items() if value is not None}
+    values = {field.name: given[field.name] for field in dataclasses.fields(config_class) if field.name in given}
+    if "cache_type" in values:
+        values["cache_type"] = config_class.cache_type
+    if "steps_computation_mask" in values:
+        values["steps_computation_mask"] = _mask(given, where)
+    config = _build(config_class, values, where, {"total_steps:": "num_inference_steps:"})  # how steps_mask calls it
+    return config_class().reset(**values) if reset else config, _calibrator_config(given, where)
+
+
+def _mask(given: Mapping[str, Any], where: str) -> str | list[int]:
+    mask = given["steps_computation_mask"]
+    if isinstance(mask, str) and mask in MASK_POLICIES:
+        return mask
+    if isinstance(mask, str) and mask and set(mask) <= {"0", "1"}:
+        return [int(digit) for digit in mask]
+    if isinstance(mask, Mapping) and mask:
+        where += "steps_computation_mask: "
+        _check_keys(mask, ("compute_bins", "cache_bins"), where)
+        try:
+            bins = {name: _typed(value, Sequence, name) for name, value in mask.items()}
+            return steps_mask(**bins, total_steps=given.get("num_inference_steps"), mask_policy=None)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}{error}".replace("total_steps", "num_inference_steps")) from None
+    if isinstance(mask, Sequence) and not isinstance(mask, str):
+        return list(mask)
+    raise ValueError(
+        f"{where}steps_computation_mask must be one of {', '.join(MASK_POLICIES)}, a list of 0 and 1, a string of them "
+        f'in quotes such as "1101", or compute_bins and cache_bins, got {mask!r}'
+    )
+
+
+def _calibrator_config(given: Mapping[str, Any], where: str) -> CalibratorConfig | None:
+    enabled = [key for key in _CALIBRATORS if _typed(given.get(key), bool, f"{where}{key}")]
+    if len(enabled) > 1:
+        raise ValueError(f"{where}{' and '.join(enabled)} exclude each other: at most one may be true")
+    for key in given:
+        owners = [enable for enable, row in _CALIBRATORS.items() if key in row.keys]
+        if owners and not any(owner in given for owner in owners):
+            logger.warning("%s%s has no effect without %s", where, key, " or ".join(owners))
+    if not enabled:
+        return None
+    row = _CALIBRATORS[enabled[0]]
+    if row.config is None:
+        raise ValueError(f"{where}{enabled[0]}: not available in this version yet")
+    names = {field: key for key, field in row.keys.items() if key in given}
+    return _build(row.config, row.defaults | {field: given[key] for field, key in names.items()}, where, names)
+
+
+def _build(config_class: type[AnyConfig], values: dict[str, Any], where: str, names: Mapping[str, str]) -> AnyConfig:
+    """Make a configuration from ``values``, converted in place; ``names`` is what the file calls a field."""
+    for field in dataclasses.fields(config_class):
+        if field.name in values and ("bool" in str(field.type) or "float" in str(field.type)):
+            kind = bool if "bool" in str(field.type) else float
+            values[field.name] = _typed(values[field.name], kind, where + names.get(field.name, field.name))
+    config = config_class(**values)
+    try:
+        config.validate()
+    except (TypeError, ValueError) as error:
+        field_name, _, rest = str(error).partition(" ")
+        raise ValueError(f"{where}{names.get(field_name, field_name)} {rest}") from None
+    return config
+
+
+def _parallelism_config(content: Mapping[str, Any], where: str) -> dict[str, Any] | None:
+    section = _plain_section(content, "parallelism_config", _PARALLELISM_KEYS, where)
+    if section is None:
+        return None
+    where += "parallelism_config: "
+    for short, name in _SIZES.items():
+        if short in section and section.setdefault(name, section[short]) != section.pop(short):
+            raise ValueError(f"{where}{short} and {name} are one setting, but have two values")
+        size = section.get(name)
+        if size is not None and size != "auto" and (type(size) is not int or size < 1):
+            raise ValueError(f'{where}{name} must be an integer of at least 1 or "auto", got {size!r}')
+    if sum(section.get(name) == "auto" for name in _SIZES.values()) > 1:
+        raise ValueError(f'{where}only one of {", ".join(_SIZES.values())} may be "auto"')
+    return section
+
+
+def _plain_section(content: Mapping[str, Any], name: str, known: Collection[str], where: str) -> dict[str, Any] | None:
+    section = _typed(content.get(name), Mapping, f"{where}{name}")
+    _check_keys(section or (), known, f"{where}{name}: ")
+    return None if section is None else dict(section)
+
+
+def _check_keys(keys: Iterable[str], known: Collection[str], where: str, nearby: Iterable[str] = ()) -> None:
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), [*known, *nearby], n=1)
+            hint = f"did you mean {near[0]}?" if near else f"unknown key; known are {', '.join(known)}"
+            raise ValueError(f"{where}{key}: {hint}")
+
+
+def _typed(value: Any, kind: type, name: str) -> Any:
+    """Return ``value`` after checking its type; None passes. A number may be text: YAML reads 1e-1 as a string."""
+    if kind is float and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    expected = isinstance(value, kind) if kind is not float else not isinstance(value, bool | str)
+    if value is not None and not expected:
+        raise ValueError(f"{name} must be {_TYPE_NAMES[kind]}, got {value!r}")
+    return value
