@@ -3,8 +3,8 @@
     python benchmarks/bench_engine.py [--rounds 15] [--csv PATH]
 
 Rows: a step that is computed, one that is measured and reused, one that a static mask reuses; ours and, if it is
-installed, cache_dit on the same model, in turns in one process. "above loop" is the time above a bare loop over the blocks
-that the step runs: all 57 for a computed step, the first one for a reused step.
+installed, cache_dit on the same model, in turns in one process. "above loop" is the time above a bare loop over the
+blocks that the step runs: all 57 for a computed step, the first one for a reused step.
 """
 
 from __future__ import annotations

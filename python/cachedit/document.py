@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,24 +64,35 @@ def _yaml(text: str, path: Path) -> Any:
     except ImportError:
         raise ImportError(f"{path}: YAML files need PyYAML (pip install pyyaml); JSON files do not") from None
     try:
-        for key, line in _repeated_keys(yaml.compose(text, yaml.SafeLoader)):
-            raise ValueError(f"{path}:{line + 1}: {key} is given twice")
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        content = yaml.safe_load(text)
+        repeated = _repeated_key(yaml.compose(text, yaml.SafeLoader))
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         mark = getattr(error, "problem_mark", None)
-        line = text.count("\n", 0, getattr(error, "position", 0)) if mark is None else mark.line
-        reason = getattr(error, "problem", None) or getattr(error, "reason", error)
-        raise ValueError(f"{path}:{line + 1}: malformed YAML: {reason}") from None
+        position = getattr(error, "position", None)  # of a character that YAML does not allow
+        line = mark.line if mark is not None else None if position is None else text.count("\n", 0, position)
+        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+        raise ValueError(f"{path}{'' if line is None else f':{line + 1}'}: malformed YAML: {reason}") from None
+    if repeated is not None:
+        raise ValueError(f"{path}:{repeated.start_mark.line + 1}: {repeated.value} is given twice")
+    return content
 
 
-def _repeated_keys(node: Any) -> Iterator[tuple[str, int]]:
-    """Find the keys that a mapping has twice, of which PyYAML would keep the last, and their lines (from 0)."""
-    kind = getattr(node, "id", "scalar")
-    seen = set()
-    for key, value in node.value if kind == "mapping" else ():
-        if key.id == "scalar" and key.value in seen:
-            yield key.value, key.start_mark.line
-        seen.add(key.value if key.id == "scalar" else None)
-        yield from _repeated_keys(value)
-    for item in node.value if kind == "sequence" else ():
-        yield from _repeated_keys(item)
+def _repeated_key(root: Any) -> Any:
+    """Find the node of a key that its mapping has before (PyYAML would keep the last), or None."""
+    nodes, visited = [root], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or id(node) in visited:  # aliases are the same node again
+            continue
+        visited.add(id(node))
+        if node.id == "mapping":
+            seen: set[str] = set()
+            for key, value in node.value:
+                nodes.append(value)
+                if key.id == "scalar":
+                    if key.value in seen:
+                        return key
+                    seen.add(key.value)
+        elif node.id == "sequence":
+            nodes.extend(node.value)
+    return None

@@ -1,7 +1,6 @@
 """Configuration files: YAML, JSON or a dictionary in, configuration objects out (docs/config-files.md).
 
-The format is the one of ``cache_dit``. Other than there, whatever a file says and the package does not know is an
-error: a misspelt key in a cache configuration would otherwise be a cache that silently does something else.
+The format is that of ``cache_dit``; unknown keys are errors here, so that a typo is not a cache that does nothing.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import logging
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -29,7 +29,7 @@ Loaded = tuple[BasicCacheConfig | None, CalibratorConfig | None]
 class _Calibrator(NamedTuple):
     config: type[CalibratorConfig] | None  # None: known, but not available yet
     keys: dict[str, str]  # key in the file: field of the configuration
-    defaults: dict[str, Any]  # where files have another default than the configuration
+    encoder: bool  # whether files forecast the encoder stream where they do not say
 
 
 _CACHE_TYPES: dict[str, type[BasicCacheConfig] | None] = {"DBCache": DBCacheConfig, "DBPrune": None}
@@ -40,12 +40,11 @@ _TAYLORSEER_KEYS = {
     "taylorseer_order": "taylorseer_order",
 }
 _DMD_KEYS = {key: key for key in ("dmd_history", "dmd_rank", "dmd_ridge", "dmd_svd_precision")}
+_DMD_KEYS["enable_encoder_dmd"] = "enable_encoder_calibrator"
 _CALIBRATORS: dict[str, _Calibrator] = {
-    "enable_taylorseer": _Calibrator(
-        TaylorSeerCalibratorConfig, _SHARED_KEYS | _TAYLORSEER_KEYS, {"enable_encoder_calibrator": False}
-    ),
-    "enable_dmd": _Calibrator(None, _SHARED_KEYS | _DMD_KEYS | {"enable_encoder_dmd": "enable_encoder_calibrator"}, {}),
-    "enable_foca": _Calibrator(None, _SHARED_KEYS | {"enable_encoder_foca": "enable_encoder_calibrator"}, {}),
+    "enable_taylorseer": _Calibrator(TaylorSeerCalibratorConfig, _SHARED_KEYS | _TAYLORSEER_KEYS, False),
+    "enable_dmd": _Calibrator(None, _SHARED_KEYS | _DMD_KEYS, True),
+    "enable_foca": _Calibrator(None, _SHARED_KEYS | {"enable_encoder_foca": "enable_encoder_calibrator"}, False),
 }
 
 # Sections that nothing uses yet: their keys are checked, and the sizes.
@@ -79,19 +78,16 @@ def load_configs(path_or_dict: Document, return_dict: bool = True, **kwargs: Any
             ``auto_parallel_size`` is accepted and has no effect: a size of ``"auto"`` stays as it is.
 
     Returns:
-        ``cache_config`` (a ``DBCacheConfig``), ``calibrator_config`` (a ``TaylorSeerCalibratorConfig``),
-        ``parallelism_config`` (a plain dictionary), ``attention_backend`` (a string) and ``quantize_config`` (a plain
-        dictionary); None for what the file does not have.
+        ``cache_config``, ``calibrator_config`` (objects), ``parallelism_config`` (a plain dictionary),
+        ``attention_backend`` (a string), ``quantize_config`` (a plain dictionary); None for what is not in the file.
 
     Raises:
         ValueError: For malformed files, unknown keys, values of the wrong type or out of range. The message names the
             file, the key, what was expected and what came.
-        FileNotFoundError: If there is no such file.
-        ImportError: For a YAML file where PyYAML is not installed.
+        FileNotFoundError, ImportError: If there is no such file; for YAML where PyYAML is not installed.
 
     Example:
-        >>> load_configs({"cache_config": {"max_warmup_steps": 4}})["cache_config"].max_warmup_steps
-        4
+        >>> cachedit.enable_cache(pipe, cachedit.load_configs("cache.yaml")["cache_config"])
     """
     content, where = read_document(path_or_dict)
     cache_config, calibrator_config = _cache_configs(content, where, **kwargs)
@@ -124,10 +120,10 @@ def load_options(path_or_dict: Document, reset: bool = False) -> dict[str, Any]:
 
 def _cache_configs(content: dict[str, Any], where: str, reset: bool = False, auto_parallel_size: bool = True) -> Loaded:
     if not any(key in content for key in _SECTIONS):
-        return _cache_section(content, where, reset, nearby=_SECTIONS)  # the older, flat form
+        return _cache_section(content, where, reset, hints=_SECTIONS)  # the older, flat form
     for key in content:
         if key in _cache_keys(DBCacheConfig):
-            raise ValueError(f"{where}{key}: belongs into the section cache_config")
+            raise ValueError(f"{where}{key}: belongs in the section cache_config")
     _check_keys(content, _SECTIONS, where)
     if "cache_config" not in content:
         return None, None
@@ -142,14 +138,13 @@ def _cache_keys(config_class: type[BasicCacheConfig]) -> list[str]:
     return [*fields, *_CALIBRATORS, *dict.fromkeys(key for row in _CALIBRATORS.values() for key in row.keys)]
 
 
-def _cache_section(section: Mapping[str, Any], where: str, reset: bool, nearby: Iterable[str] = ()) -> Loaded:
+def _cache_section(section: Mapping[str, Any], where: str, reset: bool, hints: Iterable[str] = ()) -> Loaded:
     cache_type = str(section.get("cache_type") or "DBCache")
-    if cache_type not in _CACHE_TYPES:
-        raise ValueError(f"{where}cache_type must be one of {', '.join(_CACHE_TYPES)}, got {cache_type}")
-    config_class = _CACHE_TYPES[cache_type]
+    config_class = _CACHE_TYPES.get(cache_type)
     if config_class is None:
-        raise ValueError(f"{where}cache_type: {cache_type} is not available in this version yet")
-    _check_keys(section, _cache_keys(config_class), where, nearby)
+        names = (name if made else f"{name} (not available in this version yet)" for name, made in _CACHE_TYPES.items())
+        raise ValueError(f"{where}cache_type must be one of {', '.join(names)}, got {cache_type}")
+    _check_keys(section, _cache_keys(config_class), where, hints)
     given = {key: value for key, value in section.items() if value is not None}
     values = {field.name: given[field.name] for field in dataclasses.fields(config_class) if field.name in given}
     if "cache_type" in values:
@@ -196,14 +191,14 @@ def _calibrator_config(given: Mapping[str, Any], where: str) -> CalibratorConfig
     if row.config is None:
         raise ValueError(f"{where}{enabled[0]}: not available in this version yet")
     names = {field: key for key, field in row.keys.items() if key in given}
-    return _build(row.config, row.defaults | {field: given[key] for field, key in names.items()}, where, names)
+    values = {"enable_encoder_calibrator": row.encoder} | {field: given[key] for field, key in names.items()}
+    return _build(row.config, values, where, names)
 
 
 def _build(config_class: type[AnyConfig], values: dict[str, Any], where: str, names: Mapping[str, str]) -> AnyConfig:
     """Make a configuration from ``values``, converted in place; ``names`` is what the file calls a field."""
-    for field in dataclasses.fields(config_class):
-        if field.name in values and ("bool" in str(field.type) or "float" in str(field.type)):
-            kind = bool if "bool" in str(field.type) else float
+    for field, kind in itertools.product(dataclasses.fields(config_class), (bool, float)):  # validate() does the rest
+        if field.name in values and kind.__name__ in str(field.type):
             values[field.name] = _typed(values[field.name], kind, where + names.get(field.name, field.name))
     config = config_class(**values)
     try:
@@ -236,20 +231,19 @@ def _plain_section(content: Mapping[str, Any], name: str, known: Collection[str]
     return None if section is None else dict(section)
 
 
-def _check_keys(keys: Iterable[str], known: Collection[str], where: str, nearby: Iterable[str] = ()) -> None:
+def _check_keys(keys: Iterable[str], known: Collection[str], where: str, hints: Iterable[str] = ()) -> None:
     for key in keys:
         if key not in known:
-            near = difflib.get_close_matches(str(key), [*known, *nearby], n=1)
+            near = difflib.get_close_matches(str(key), [*known, *hints], n=1)
             hint = f"did you mean {near[0]}?" if near else f"unknown key; known are {', '.join(known)}"
             raise ValueError(f"{where}{key}: {hint}")
 
 
 def _typed(value: Any, kind: type, name: str) -> Any:
     """Return ``value`` after checking its type; None passes. A number may be text: YAML reads 1e-1 as a string."""
-    if kind is float and isinstance(value, str):
-        with contextlib.suppress(ValueError):
+    if kind is float and not isinstance(value, bool):
+        with contextlib.suppress(TypeError, ValueError):
             return float(value)
-    expected = isinstance(value, kind) if kind is not float else not isinstance(value, bool | str)
-    if value is not None and not expected:
+    if value is not None and not isinstance(value, kind):
         raise ValueError(f"{name} must be {_TYPE_NAMES[kind]}, got {value!r}")
     return value
