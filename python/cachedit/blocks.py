@@ -128,6 +128,7 @@ class SectionRun:
         self.streams = (hidden, encoder)
         self.decided = True
         decision, self.diff = self.state.decide(self.before, streams)
+        self.before = None  # nothing is held longer than it is needed: tensors are large
         if decision is Decision.REUSE:
             self.outputs = self.state.forecast(streams, self.diff)
             self.reuse = True
@@ -149,6 +150,13 @@ class SectionRun:
         self._learn_in_place()
         self.state.store(self.inputs, outputs, self.diff)
         self.keep = False
+        self.inputs, self.streams = [], None
+
+    def finish(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Give out the forecast of a reused step."""
+        outputs = self.outputs
+        self.outputs, self.streams = [], None
+        return outputs[0], outputs[1] if len(outputs) == 2 else None
 
     def close(self) -> None:
         """The forward has ended without an error: a step that was neither reused nor stored is still a step."""
@@ -167,6 +175,7 @@ class SectionRun:
     def _learn_in_place(self) -> None:
         if self.section.in_place is None:
             self.section.in_place = not all(torch.equal(tensor, copy) for tensor, copy in self.originals)
+            self.originals = []
 
 
 class _Site:
@@ -247,10 +256,7 @@ class _Edge(_Site):
             encoder = None if pattern.Return_H_Only else _encoder(signature, run, args, kwargs)
             run.enter(signature.hidden(args, kwargs), encoder)
         if run.reuse and run.streams is not None:
-            if not self.leaves:
-                return pattern.pack(*run.streams)
-            outputs = run.outputs
-            return pattern.pack(outputs[0], outputs[1] if len(outputs) == 2 else None)
+            return pattern.pack(*(run.finish() if self.leaves else run.streams))
         output = self.block(*args, **kwargs)
         if self.leaves:
             run.leave(self.block, *pattern.unpack(self.block, output))

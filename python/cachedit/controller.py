@@ -213,6 +213,8 @@ class Controller:
                 output = original(*args, **kwargs)
             for run in runs:
                 run.close()
+                if run.bypassed:
+                    self._warn_about_gradients("the blocks' inputs")
         except BaseException:
             branch.rewind(step)
             raise
@@ -225,15 +227,19 @@ class Controller:
         trained = next((name for name, p in self.transformer.named_parameters() if p.requires_grad), None)
         if trained is None:
             return False
+        self._warn_about_gradients(f"parameters such as {trained}")
+        return True
+
+    def _warn_about_gradients(self, of: str) -> None:
         if not self.warned_about_grad:
             self.warned_about_grad = True
+            name = type(self.transformer).__name__
             logger.warning(
-                "the cache is bypassed on %s: gradients are enabled and parameters require them (%s); "
-                "call it under torch.no_grad() or torch.inference_mode()",
-                type(self.transformer).__name__,
-                trained,
+                "the cache is bypassed on %s: gradients are enabled, and wanted of %s; call it under torch.no_grad() "
+                "or torch.inference_mode()",
+                name,
+                of,
             )
-        return True
 
     # On and off
 

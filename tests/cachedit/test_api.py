@@ -313,7 +313,7 @@ class TestGradients:
         run_toy(model, 3)  # without gradients the cache serves
         assert reused(model) == [[1, 2]]
 
-    def test_inputs_that_require_grad(self):
+    def test_inputs_that_require_grad(self, caplog):
         model = make_toy()
         adapter = BlockAdapter(transformer=model, blocks=model.blocks, forward_pattern=model.pattern)
         cachedit.enable_cache(adapter, reusing(max_warmup_steps=0))
@@ -323,6 +323,7 @@ class TestGradients:
             model(**inputs).sum().backward()
             assert hidden.grad is not None
         assert reused(model) == [[]]
+        assert sum("wanted of the blocks' inputs" in record.message for record in caplog.records) == 1
 
     def test_grad_mode_without_anything_to_train_is_served(self):
         model = make_toy()

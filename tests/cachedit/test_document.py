@@ -81,7 +81,8 @@ def test_missing_file(tmp_path, name):
 
 def test_without_pyyaml_there_is_json(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "yaml", None)
-    assert read_document(write(tmp_path, '{"a": 1}', "cache.json"))[0] == {"a": 1}
+    for name in ("cache.json", "cache.JSON"):
+        assert read_document(write(tmp_path, '{"a": 1}', name))[0] == {"a": 1}
     path = write(tmp_path, "a: 1")
     with pytest.raises(ImportError, match=re.escape(f"{path}: YAML files need PyYAML (pip install pyyaml)")):
         read_document(path)

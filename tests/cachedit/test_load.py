@@ -154,6 +154,10 @@ def test_what_is_no_mask(mask):
             {"steps_computation_mask": {"compute_bins": [1], "cache_bins": [1]}, "num_inference_steps": 3},
             "steps_computation_mask: .*add up to 2 steps, but num_inference_steps is 3",
         ),
+        (
+            {"steps_computation_mask": {"cache_bins": None}, "num_inference_steps": 8},
+            "steps_computation_mask: .* got None",
+        ),
         ({"enable_sperate_cfg": True}, r"enable_sperate_cfg: did you mean enable_separate_cfg\?$"),
         ({"fn_compute_blocks": 1}, r"fn_compute_blocks: did you mean Fn_compute_blocks\?$"),
         ({"taylorser_order": 1}, r"taylorser_order: did you mean taylorseer_order\?$"),
@@ -274,7 +278,8 @@ def test_the_example_enables_a_transformer():
     assert configs[0].steps_computation_mask == "fast"
     model = tiny_flux()
     cachedit.enable_cache(model, *configs)
-    cachedit.refresh_context(model, load_cache_config({"num_inference_steps": 8}, reset=True)[0])
+    changes, _ = load_cache_config({"num_inference_steps": 8, "residual_diff_threshold": 10}, reset=True)
+    cachedit.refresh_context(model, changes)
     with torch.no_grad():
         for step in range(8):
             model(**flux_inputs(step, 8))
