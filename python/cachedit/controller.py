@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -126,7 +127,7 @@ class Controller:
         self.branches: dict[str, Branch] = {}
         self.total_steps = config.num_inference_steps
         self.calls = 0  # forwards in this request, over all branches
-        self.warned_about_grad = False
+        self.warned_about_grad = self.warned_about_idling = False
         self.attached = False
 
     # Requests and branches
@@ -155,6 +156,7 @@ class Controller:
         for section in self.sections:
             section.configure(config.Fn_compute_blocks, config.Bn_compute_blocks)
         self.branches.clear()
+        self.warned_about_idling = False
         self.begin_request(config.num_inference_steps)
 
     def _branch(self) -> Branch:
@@ -219,6 +221,8 @@ class Controller:
             branch.rewind(step)
             raise
         self.calls += 1
+        if branch.step == self.total_steps and not self.warned_about_idling:
+            self._warn_if_idle(branch)
         return output
 
     def _wants_gradients(self) -> bool:
@@ -239,6 +243,26 @@ class Controller:
                 "or torch.inference_mode()",
                 name,
                 of,
+            )
+
+    def _warn_if_idle(self, branch: Branch) -> None:
+        """A cache that does nothing should not do it silently: say so once, after a whole request without reuse."""
+        for section, state in zip(self.sections, branch.states, strict=True):
+            records = state.policy.records
+            if section.body == 0 or state.policy.never_reuses or any(record.reused for record in records):
+                continue
+            self.warned_about_idling = True
+            diffs = [record.diff for record in records if record.diff is not None]
+            reasons = Counter(record.reason for record in records)
+            logger.warning(
+                "the cache never triggered on %s.%s in a request of %d steps: %s; the smallest residual diff was %s, "
+                "residual_diff_threshold is %s",
+                type(self.transformer).__name__,
+                section.name,
+                len(records),
+                ", ".join(f"{reason or 'not cached'} {count}x" for reason, count in reasons.items()),
+                f"{min(diffs):.4f}" if diffs else "never measured",
+                self.config.residual_diff_threshold,
             )
 
     # On and off

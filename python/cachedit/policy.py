@@ -61,6 +61,14 @@ class Policy:
         """Whether any step may need the residual difference; if not, no anchor has to be stored."""
         return self.config.residual_diff_threshold > 0 and not self.static
 
+    @property
+    def never_reuses(self) -> bool:
+        """Whether the configuration itself rules out every reuse."""
+        config = self.config
+        if self.mask is not None and (self.static or all(self.mask)):
+            return all(self.mask)
+        return config.residual_diff_threshold <= 0 or 0 in (config.max_cached_steps, config.max_continuous_cached_steps)
+
     def restart(self) -> None:
         """Forget everything stored, as at the start of a request; statistics carry on."""
         self.origin = self.step

@@ -1,6 +1,8 @@
 """Putting the cache on and off beside other things that wrap a transformer's forward."""
 
+import dataclasses
 import inspect
+import re
 
 import pytest
 import torch
@@ -106,6 +108,31 @@ def test_layerwise_casting(order, cached):
         put(model)
     torch.testing.assert_close(run(model), cached, rtol=0.1, atol=0.05)
     assert cachedit.summary(model, logging=False)[0].cached_steps == [2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("config", "reasons"),
+    [
+        (
+            {"residual_diff_threshold": 1e-9},
+            r"nothing stored 1x, warm-up 1x, diff 3x; the smallest residual diff was 0\.",
+        ),
+        ({"max_warmup_steps": 8}, r"nothing stored 1x, warm-up 4x; the smallest residual diff was never measured"),
+        ({"residual_diff_threshold": 0.0}, None),
+        ({"max_cached_steps": 0}, None),
+        ({"steps_computation_mask": [1] * 5, "steps_computation_policy": "static"}, None),
+        ({}, None),
+    ],
+)
+def test_a_cache_that_never_triggers_says_so_once(config, reasons, caplog):
+    model = tiny_flux()
+    cachedit.enable_cache(model, dataclasses.replace(CONFIG, **config))
+    for _ in range(2):
+        run(model)
+    messages = [record.message for record in caplog.records if "never triggered" in record.message]
+    assert len(messages) == (reasons is not None)
+    if reasons is not None:
+        assert re.search(reasons, messages[0]) and "in a request of 5 steps" in messages[0]
 
 
 def test_forward_keeps_its_signature():
