@@ -24,7 +24,9 @@ __version__ = "0.1.0"
 _ENGINE = (
     "BlockAdapter",
     "DBCacheConfig",
+    "FoCaCalibratorConfig",
     "ForwardPattern",
+    "HermiteCalibratorConfig",
     "TaylorSeerCalibratorConfig",
     "disable_cache",
     "enable_cache",

@@ -7,7 +7,15 @@ from cachedit_kernels import __version__
 
 from .adapter import BlockAdapter
 from .api import disable_cache, enable_cache, refresh_context, summary
-from .config import BasicCacheConfig, CacheType, CalibratorConfig, DBCacheConfig, TaylorSeerCalibratorConfig
+from .config import (
+    BasicCacheConfig,
+    CacheType,
+    CalibratorConfig,
+    DBCacheConfig,
+    FoCaCalibratorConfig,
+    HermiteCalibratorConfig,
+    TaylorSeerCalibratorConfig,
+)
 from .load import load_cache_config, load_configs, load_options
 from .mask import steps_mask
 from .pattern import ForwardPattern
@@ -20,7 +28,9 @@ __all__ = [
     "CacheType",
     "CalibratorConfig",
     "DBCacheConfig",
+    "FoCaCalibratorConfig",
     "ForwardPattern",
+    "HermiteCalibratorConfig",
     "TaylorSeerCalibratorConfig",
     "__version__",
     "disable_cache",

@@ -15,6 +15,8 @@ __all__ = [
     "CacheType",
     "CalibratorConfig",
     "DBCacheConfig",
+    "FoCaCalibratorConfig",
+    "HermiteCalibratorConfig",
     "TaylorSeerCalibratorConfig",
 ]
 
@@ -214,6 +216,52 @@ class TaylorSeerCalibratorConfig(CalibratorConfig):
     def strify(self, **kwargs: Any) -> str:
         """Return a short tag of the settings; ``details=True`` spells it out."""
         return f"TaylorSeer_O({self.taylorseer_order})" if kwargs.get("details") else f"T1O{self.taylorseer_order}"
+
+
+@dataclasses.dataclass
+class FoCaCalibratorConfig(CalibratorConfig):
+    """Forecast as FoCa does: a trapezoidal rule from the last computed step, averaging two slopes (arXiv 2508.16211).
+
+    It has no settings of its own. It keeps 4 residuals per stream.
+    """
+
+    enable_calibrator: bool = True
+    enable_encoder_calibrator: bool = True
+    calibrator_type: str = "foca"
+
+    def strify(self, **kwargs: Any) -> str:
+        """Return a short tag of the settings."""
+        return "FoCa"
+
+
+@dataclasses.dataclass
+class HermiteCalibratorConfig(CalibratorConfig):
+    """Forecast from TaylorSeer's derivatives in the scaled Hermite basis (HiCache, arXiv 2508.16984).
+
+    Args:
+        hermite_order: Highest derivative, 1 to 4. Order n keeps n + 1 residuals per stream.
+        hermite_sigma: Scale of the basis, above 0 and at most 1; the smaller it is, the more derivatives are damped. At
+            order 1 the forecast is a straight line with ``2 * hermite_sigma**2`` times the slope of TaylorSeer's.
+    """
+
+    enable_calibrator: bool = True
+    enable_encoder_calibrator: bool = True
+    calibrator_type: str = "hermite"
+    hermite_order: int = 2
+    hermite_sigma: float = 0.5
+
+    def validate(self) -> None:
+        """Check types and ranges of every field."""
+        super().validate()
+        _check_int("hermite_order", self.hermite_order, 1, 4)
+        _check_real("hermite_sigma", self.hermite_sigma)
+        if not 0.0 < self.hermite_sigma <= 1.0:
+            raise ValueError(f"hermite_sigma must be above 0 and at most 1, got {self.hermite_sigma}")
+
+    def strify(self, **kwargs: Any) -> str:
+        """Return a short tag of the settings; ``details=True`` spells it out."""
+        order, sigma = self.hermite_order, self.hermite_sigma
+        return f"Hermite_O({order}, {sigma})" if kwargs.get("details") else f"HO{order}S{sigma}"
 
 
 def _check_int(name: str, value: Any, at_least: int, at_most: int | None = None) -> None:

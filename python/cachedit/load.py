@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar, overload
 
-from .config import BasicCacheConfig, CalibratorConfig, DBCacheConfig, TaylorSeerCalibratorConfig
+from .config import BasicCacheConfig, CalibratorConfig, DBCacheConfig, FoCaCalibratorConfig, TaylorSeerCalibratorConfig
 from .document import Document, read_document
 from .mask import MASK_POLICIES, steps_mask
 
@@ -41,10 +41,11 @@ _TAYLORSEER_KEYS = {
 }
 _DMD_KEYS = {key: key for key in ("dmd_history", "dmd_rank", "dmd_ridge", "dmd_svd_precision")}
 _DMD_KEYS["enable_encoder_dmd"] = "enable_encoder_calibrator"
+_FOCA_KEYS = {"enable_encoder_foca": "enable_encoder_calibrator"}
 _CALIBRATORS: dict[str, _Calibrator] = {
     "enable_taylorseer": _Calibrator(TaylorSeerCalibratorConfig, _SHARED_KEYS | _TAYLORSEER_KEYS, False),
     "enable_dmd": _Calibrator(None, _SHARED_KEYS | _DMD_KEYS, True),
-    "enable_foca": _Calibrator(None, _SHARED_KEYS | {"enable_encoder_foca": "enable_encoder_calibrator"}, False),
+    "enable_foca": _Calibrator(FoCaCalibratorConfig, _SHARED_KEYS | _FOCA_KEYS, False),
 }
 
 # Sections that nothing uses yet: their keys are checked, and the sizes.

@@ -2,7 +2,14 @@ import dataclasses
 
 import pytest
 
-from cachedit import CacheType, CalibratorConfig, DBCacheConfig, TaylorSeerCalibratorConfig
+from cachedit import (
+    CacheType,
+    CalibratorConfig,
+    DBCacheConfig,
+    FoCaCalibratorConfig,
+    HermiteCalibratorConfig,
+    TaylorSeerCalibratorConfig,
+)
 
 
 def test_defaults_are_the_ones_users_know():
@@ -96,3 +103,24 @@ def test_strify():
     assert config.strify() == "DBCache_F1B0_W8I1M0MC0_R0.08_SCM10_dynamic_N2"
     assert TaylorSeerCalibratorConfig(taylorseer_order=2).strify() == "T1O2"
     assert TaylorSeerCalibratorConfig().strify(details=True) == "TaylorSeer_O(1)"
+
+
+def test_hermite():
+    config = HermiteCalibratorConfig()
+    config.validate()
+    assert (config.calibrator_type, config.hermite_order, config.hermite_sigma) == ("hermite", 2, 0.5)
+    assert (config.strify(), config.strify(details=True)) == ("HO2S0.5", "Hermite_O(2, 0.5)")
+    with pytest.raises(ValueError, match="hermite_order must be from 1 to 4, got 5"):
+        HermiteCalibratorConfig(hermite_order=5).validate()
+    for sigma in (0.0, -1.0, 1.5):
+        with pytest.raises(ValueError, match="hermite_sigma must be above 0 and at most 1, got"):
+            HermiteCalibratorConfig(hermite_sigma=sigma).validate()
+    with pytest.raises(TypeError, match="hermite_sigma must be a number, got 'x'"):
+        HermiteCalibratorConfig(hermite_sigma="x").validate()
+
+
+def test_foca():
+    config = FoCaCalibratorConfig()
+    config.validate()
+    assert (config.calibrator_type, config.enable_calibrator, config.enable_encoder_calibrator) == ("foca", True, True)
+    assert config.strify() == "FoCa"
