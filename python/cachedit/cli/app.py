@@ -24,7 +24,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto: a GPU if there is one.")] = "auto",
     out: Annotated[Path, typer.Option(help="Folder for images.png, steps.png and report.json.")] = Path("demo"),
-    rounds: Annotated[int, typer.Option(help="Alternating timed runs per configuration.", min=3)] = 7,
+    rounds: Annotated[int, typer.Option(help="Alternating timed runs per configuration.", min=3)] = 11,
 ) -> None:
     """Draw pictures with the embedded model, with and without the cache, and compare speed and quality."""
     from . import demo as command
