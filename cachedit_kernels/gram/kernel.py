@@ -6,7 +6,7 @@ an integer ticket, as in residual/kernel.py: no float is added atomically, and e
 """
 
 # ruff: noqa: RUF005 (Triton joins tuples, it does not unpack them)
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, assignment"
 # Triton reads the annotations of its functions as its own types.
 
 from __future__ import annotations
