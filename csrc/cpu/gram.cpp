@@ -7,17 +7,21 @@ namespace CACHEDIT_ISA {
 namespace {
 
 // Sums are laid out alike for every instruction set, as in residual.cpp, so that all give the same bits. Chains of
-// additions are short, 8 products and then 8 of their sums: forecasters subtract what these sums have in common.
+// additions are short, 8 products, 4 of their sums and 16 of those: forecasters subtract what they have in common.
 constexpr int kLanes = 32;
 constexpr int kPairs = kLanes / kPair;
 constexpr int64_t kChain = 8 * kLanes;
-constexpr int64_t kBlock = 8 * kChain;
-constexpr int kTogether = 3;  // products with one slot at once: it is loaded once, and latencies overlap
+constexpr int64_t kBlock = 4 * kChain;  // small enough that all slots' elements stay in the first cache
+constexpr int64_t kProducts = kMaxGramSlots * (kMaxGramSlots + 1) / 2;
+
+struct Lanes {
+  Pair pairs[kPairs];
+};
 
 template <class Format>
-float add_lanes(const Pair* sums) {
+float add_lanes(const Lanes& sums) {
   float lanes[kLanes];
-  for (int p = 0; p < kPairs; ++p) Format::store_floats(lanes + p * kPair, sums[p]);
+  for (int p = 0; p < kPairs; ++p) Format::store_floats(lanes + p * kPair, sums.pairs[p]);
   for (int half = kLanes / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   }
@@ -27,39 +31,52 @@ float add_lanes(const Pair* sums) {
 // sums[t] += the products of n elements of x with those of y[t], in lanes; n is a multiple of kLanes.
 template <class Format, int kCount>
 inline void multiply(const typename Format::Element* x, const typename Format::Element* const* y, int64_t n,
-                     double* sums) {
-  Pair totals[kCount][kPairs] = {};
+                     Lanes* sums) {
+  Lanes totals[kCount] = {};
   for (int64_t chain = 0; chain < n; chain += kChain) {
     const int64_t stop = n - chain < kChain ? n : chain + kChain;
-    Pair lanes[kCount][kPairs] = {};
+    Lanes lanes[kCount] = {};
     for (int64_t i = chain; i < stop; i += kLanes) {
       for (int p = 0; p < kPairs; ++p) {
         const Pair a = Format::load(x + i + p * kPair);
         for (int t = 0; t < kCount; ++t) {
           const Pair b = Format::load(y[t] + i + p * kPair);
-          lanes[t][p].a += a.a * b.a;
-          lanes[t][p].b += a.b * b.b;
+          lanes[t].pairs[p].a += a.a * b.a;
+          lanes[t].pairs[p].b += a.b * b.b;
         }
       }
     }
     for (int t = 0; t < kCount; ++t) {
       for (int p = 0; p < kPairs; ++p) {
-        totals[t][p].a += lanes[t][p].a;
-        totals[t][p].b += lanes[t][p].b;
+        totals[t].pairs[p].a += lanes[t].pairs[p].a;
+        totals[t].pairs[p].b += lanes[t].pairs[p].b;
       }
     }
   }
-  for (int t = 0; t < kCount; ++t) sums[t] += add_lanes<Format>(totals[t]);
+  for (int t = 0; t < kCount; ++t) {
+    for (int p = 0; p < kPairs; ++p) {
+      sums[t].pairs[p].a += totals[t].pairs[p].a;
+      sums[t].pairs[p].b += totals[t].pairs[p].b;
+    }
+  }
 }
 
+// Several products with one slot at once: it is loaded once, and latencies overlap.
 template <class Format>
-void multiply_all(const typename Format::Element* const* slots, int64_t count, int64_t n, double* sums) {
+void multiply_all(const typename Format::Element* const* slots, int64_t count, int64_t n, Lanes* sums) {
   for (int64_t i = 0; i < count; ++i) {
-    int64_t j = 0;
-    for (; j + kTogether <= i + 1; j += kTogether, sums += kTogether) {
-      multiply<Format, kTogether>(slots[i], slots + j, n, sums);
+    for (int64_t j = 0; j <= i;) {
+      const int64_t left = i + 1 - j;
+      const int64_t together = left <= 4 ? left : left <= 6 ? 3 : 4;
+      switch (together) {
+        case 1: multiply<Format, 1>(slots[i], slots + j, n, sums); break;
+        case 2: multiply<Format, 2>(slots[i], slots + j, n, sums); break;
+        case 3: multiply<Format, 3>(slots[i], slots + j, n, sums); break;
+        default: multiply<Format, 4>(slots[i], slots + j, n, sums);
+      }
+      j += together;
+      sums += together;
     }
-    for (; j <= i; ++j, ++sums) multiply<Format, 1>(slots[i], slots + j, n, sums);
   }
 }
 
@@ -67,20 +84,24 @@ template <class Format>
 void ring_gram(const void* const* slots, int64_t count, int64_t n, double* sums) {
   using Element = typename Format::Element;
   const Element* block[kMaxGramSlots];
-  for (int64_t begin = 0; begin < n; begin += kBlock) {  // small enough that all slots' elements stay in the cache
+  const int64_t products = count * (count + 1) / 2;
+  Lanes lanes[kProducts];
+  for (int64_t i = 0; i < products; ++i) lanes[i] = {};
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t size = n - begin < kBlock ? n - begin : kBlock;
     const int64_t whole = size / kLanes * kLanes;
     for (int64_t k = 0; k < count; ++k) block[k] = static_cast<const Element*>(slots[k]) + begin;
-    if (whole > 0) multiply_all<Format>(block, count, whole, sums);
+    if (whole > 0) multiply_all<Format>(block, count, whole, lanes);
     if (whole < size) {  // padded with zeros, which add nothing
       Element padded[kMaxGramSlots][kLanes] = {};
       for (int64_t k = 0; k < count; ++k) {
         __builtin_memcpy(padded[k], block[k] + whole, (size - whole) * sizeof(Element));
         block[k] = padded[k];
       }
-      multiply_all<Format>(block, count, kLanes, sums);
+      multiply_all<Format>(block, count, kLanes, lanes);
     }
   }
+  for (int64_t i = 0; i < products; ++i) sums[i] += add_lanes<Format>(lanes[i]);
 }
 
 }  // namespace

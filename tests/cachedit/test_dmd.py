@@ -10,7 +10,8 @@ from cachedit.dmd import DMD
 from cachedit.forecast import taylor_weights
 
 SIZE = 4000
-# Decaying, growing and oscillating modes per step (less than half a turn in 3 steps); each real number and each conjugate pair takes its share of slots.
+# Decaying, growing and oscillating modes per step; oscillations make less than half a turn in 3 steps, the largest
+# spacing below. Each real number and each conjugate pair takes its share of slots.
 DYNAMICS = {
     "one decay": [0.8],
     "two decays": [0.95, 0.7],
