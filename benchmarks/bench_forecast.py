@@ -1,7 +1,8 @@
-"""residual_forecast against eager torch, torch.compile, a peer and a copy of the same bytes.
+"""residual_forecast and ring_gram against eager torch, torch.compile, a peer and a copy of the same bytes.
 
 K = 1 is plain reuse, K = 2 a first-order forecast, K = 3 a second-order one: ours as a weighted sum of K residuals,
-the others from a derivative ladder, as TaylorSeer (arXiv 2503.06923) is usually written.
+the others from a derivative ladder, as TaylorSeer (arXiv 2503.06923) is usually written. The rows of ring_gram are
+what fits to 4 and to 6 residuals take; the eager form is one matrix product in float32.
 
     python benchmarks/bench_forecast.py --mb 1 16 64 256 --dtype bfloat16 float32
 """
@@ -24,11 +25,26 @@ def cases(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Iterat
         ring = torch.randn((k, *shape), device=device).to(dtype)
         others = ladder_forecast(hidden, ring), peer_forecast(hidden, ring)
         yield Case("residual_forecast", k, k + 2, ours(hidden, ring), *others)
+    for k in (4, 6):
+        ring = torch.randn((k, *shape), device=device).to(dtype)
+        yield Case("ring_gram", k, k, gram(ring), eager_gram(ring))
 
 
 def ours(hidden: Tensor, ring: Tensor) -> Callable[[], object]:
     weights = [1.5, -0.5, 0.25][: len(ring)]
     return lambda: cachedit_kernels.residual_forecast([hidden], [ring], weights)
+
+
+def gram(ring: Tensor) -> Callable[[], object]:
+    return lambda: cachedit_kernels.ring_gram([ring])
+
+
+def eager_gram(ring: Tensor) -> Callable[[], Tensor]:
+    def multiply() -> Tensor:
+        rows = ring.flatten(1).float()
+        return rows @ rows.mT
+
+    return multiply
 
 
 def ladder_forecast(hidden: Tensor, derivatives: Tensor, dt: float = 1.0) -> Callable[[], Tensor]:

@@ -4,6 +4,7 @@
     l1(previous, current, per_sample=False)              -> float32 [S, 2] or [S, B, 2]
     residual_push(before, after, ring, slot)             -> None, ring[slot] = after - before
     residual_forecast(hidden, ring, weights, base=1.0)   -> list of tensors, base * hidden + sum_k weights[k] * ring[k]
+    ring_gram(ring, slots=None, per_sample=False)        -> float32 [S, K, K] or [S, B, K, K]
 
 Every argument is a list with one tensor per stream. The operators are also `torch.ops.cachedit.*`, know fake tensors
 and compile. `backends()` tells which implementation serves which device. The engine's main names (`enable_cache`,
@@ -17,6 +18,7 @@ from typing import Any
 from cachedit_kernels import _backend
 from cachedit_kernels._backend import Backend, backends
 from cachedit_kernels.forecast import residual_forecast
+from cachedit_kernels.gram import ring_gram
 from cachedit_kernels.residual import l1, residual_l1, residual_push
 
 __version__ = "0.1.0"
@@ -24,6 +26,7 @@ __version__ = "0.1.0"
 _ENGINE = (
     "BlockAdapter",
     "DBCacheConfig",
+    "DMDCalibratorConfig",
     "FoCaCalibratorConfig",
     "ForwardPattern",
     "HermiteCalibratorConfig",
@@ -38,7 +41,7 @@ _ENGINE = (
     "summary",
 )
 
-__all__ = ["Backend", "backends", "l1", "residual_forecast", "residual_l1", "residual_push"]
+__all__ = ["Backend", "backends", "l1", "residual_forecast", "residual_l1", "residual_push", "ring_gram"]
 
 _backend.register()
 

@@ -38,6 +38,7 @@ OPERATORS = {
     "l1": Operator("residual", ("l1",), 2, (False,)),
     "residual_push": Operator("residual", ("residual_push", "residual_push.int"), 4),
     "residual_forecast": Operator("forecast", ("residual_forecast", "residual_forecast.floats"), 3, (1.0,)),
+    "ring_gram": Operator("gram", ("ring_gram",), 1, (None, False)),
 }
 
 

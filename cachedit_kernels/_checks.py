@@ -79,6 +79,29 @@ def residual_forecast(
                 )
 
 
+MAX_GRAM_SLOTS = 16
+
+
+def ring_gram(ring: Sequence[Tensor], slots: Sequence[int] | None, per_sample: bool) -> None:
+    op = "ring_gram"
+    _streams(op, {"ring": ring})
+    dims = 2 if per_sample else 1
+    for i, r in enumerate(ring):
+        if r.dim() < dims:
+            wanted = "a slot and a batch dimension for per_sample" if per_sample else "a slot dimension"
+            _refuse(op, f"ring[{i}] must have {wanted}, got shape {_tuple(r.shape)}")
+        if r.shape[0] != ring[0].shape[0]:
+            _refuse(op, f"ring[{i}] must have as many slots as ring[0], {ring[0].shape[0]}, got {r.shape[0]}")
+        if per_sample and r.shape[1] != ring[0].shape[1]:
+            _refuse(op, f"ring[{i}] must have the batch size of ring[0], {ring[0].shape[1]}, got {r.shape[1]}")
+    for i, slot in enumerate(slots or ()):
+        if not 0 <= slot < ring[0].shape[0]:
+            _refuse(op, f"slots[{i}] must be in [0, {ring[0].shape[0]}), got {slot}")
+    count = ring[0].shape[0] if slots is None else len(slots)
+    if count > MAX_GRAM_SLOTS:
+        _refuse(op, f"at most {MAX_GRAM_SLOTS} slots can be multiplied at once, got {count}")
+
+
 def _streams(op: str, lists: dict[str, Sequence[Tensor]]) -> None:
     """Every list as long as the first; every tensor of a stream alike; every tensor on one device."""
     first, reference = next(iter(lists.items()))

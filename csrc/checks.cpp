@@ -154,6 +154,38 @@ void check_weights(const char* op, const Tensor& weights, const Named& hidden, c
   }
 }
 
+void check_gram_ring(const char* op, const Tensors& ring, bool per_sample) {
+  for (size_t i = 0; i < ring.size(); ++i) {
+    const Tensor& r = ring[i];
+    if (r.dim < (per_sample ? 2 : 1)) {
+      refuse(op, item("ring", i) + " must have " +
+                     (per_sample ? "a slot and a batch dimension for per_sample" : "a slot dimension") +
+                     ", got shape " + shape(r));
+    }
+    if (r.sizes[0] != ring[0].sizes[0]) {
+      refuse(op, item("ring", i) + " must have as many slots as ring[0], " + std::to_string(ring[0].sizes[0]) +
+                     ", got " + std::to_string(r.sizes[0]));
+    }
+    if (per_sample && r.sizes[1] != ring[0].sizes[1]) {
+      refuse(op, item("ring", i) + " must have the batch size of ring[0], " + std::to_string(ring[0].sizes[1]) +
+                     ", got " + std::to_string(r.sizes[1]));
+    }
+  }
+}
+
+void check_gram_slots(const char* op, const Tensors& ring, const std::vector<int64_t>& slots) {
+  const int64_t count = ring[0].sizes[0];
+  for (size_t i = 0; i < slots.size(); ++i) {
+    if (slots[i] < 0 || slots[i] >= count) {
+      refuse(op, item("slots", i) + " must be in [0, " + std::to_string(count) + "), got " + std::to_string(slots[i]));
+    }
+  }
+  if (slots.size() > kMaxGramSlots) {
+    refuse(op, "at most " + std::to_string(kMaxGramSlots) + " slots can be multiplied at once, got " +
+                   std::to_string(slots.size()));
+  }
+}
+
 void check_aliases(const char* op, std::initializer_list<Named> inputs, const Tensors& ring) {
   for (size_t i = 0; i < ring.size(); ++i) {
     const auto [start, stop] = extent(ring[i]);

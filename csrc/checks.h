@@ -28,6 +28,10 @@ void check_slot(const char* op, int64_t slot, const Tensors& ring);
 void check_weights(const char* op, size_t count, const Tensors& ring);
 void check_weights(const char* op, const Tensor& weights, const Named& hidden, const Tensors& ring);
 
+// For ring_gram: slots (and samples) alike in every stream; those asked for exist and are not too many.
+void check_gram_ring(const char* op, const Tensors& ring, bool per_sample);
+void check_gram_slots(const char* op, const Tensors& ring, const std::vector<int64_t>& slots);
+
 // No memory of the ring is another's.
 void check_aliases(const char* op, std::initializer_list<Named> inputs, const Tensors& ring);
 

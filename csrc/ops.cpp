@@ -134,6 +134,42 @@ void boxed_residual_forecast(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = give(std::move(out));
 }
 
+// ring_gram(Tensor[] ring, int[]? slots, bool per_sample) -> Tensor
+void boxed_ring_gram(StableIValue* stack, uint64_t, uint64_t) {
+  const char* op = "ring_gram";
+  const Tensors ring = take_tensors(stack[0]);
+  const auto wanted = torch::stable::detail::to<std::optional<std::vector<int64_t>>>(stack[1]);
+  const bool per_sample = torch::stable::detail::to<bool>(stack[2]);
+  check_streams(op, {{"ring", ring}});
+  check_gram_ring(op, ring, per_sample);
+  std::vector<int64_t> slots = wanted.value_or(std::vector<int64_t>());
+  if (!wanted.has_value()) {
+    for (int64_t k = 0; k < ring[0].sizes[0]; ++k) slots.push_back(k);
+  }
+  check_gram_slots(op, ring, slots);
+
+  std::vector<GramStream> streams;
+  streams.reserve(ring.size());
+  for (const Tensor& r : ring) {
+    const int64_t samples = per_sample ? r.sizes[1] : 1;
+    int64_t numel = 1;  // of a slot
+    for (int64_t d = 1; d < r.dim; ++d) numel *= r.sizes[d];
+    streams.push_back({kernel_dtype(r.dtype), samples, numel / std::max<int64_t>(samples, 1), {}});
+    streams.back().slots.reserve(slots.size());
+    const char* data = static_cast<const char*>(r.data());
+    for (int64_t k : slots) {
+      const char* slot = data + k * r.strides[0] * r.element_size();
+      streams.back().slots.emplace_back(slot, r.element_size(), r.dim - 1, r.sizes + 1, r.strides + 1);
+    }
+  }
+  const int64_t count = static_cast<int64_t>(slots.size());
+  const int64_t whole[] = {static_cast<int64_t>(ring.size()), count, count};
+  const int64_t sampled[] = {whole[0], streams[0].rows, count, count};
+  Tensor out = per_sample ? Tensor::empty(sampled, 4, float32_dtype()) : Tensor::empty(whole, 3, float32_dtype());
+  ring_gram(streams, static_cast<float*>(out.mutable_data()));
+  stack[0] = give(std::move(out));
+}
+
 }  // namespace
 }  // namespace cachedit
 
@@ -144,4 +180,5 @@ STABLE_TORCH_LIBRARY_IMPL(cachedit, CPU, m) {
   m.impl("residual_push.int", cachedit::boxed_residual_push<false>);
   m.impl("residual_forecast", cachedit::boxed_residual_forecast<true>);
   m.impl("residual_forecast.floats", cachedit::boxed_residual_forecast<false>);
+  m.impl("ring_gram", cachedit::boxed_ring_gram);
 }

@@ -17,6 +17,10 @@ using ResidualPush = void (*)(const void* before, const void* after, int64_t n, 
 using ResidualForecast = void (*)(const void* hidden, float base, const void* const* slots, const float* weights,
                                   int64_t terms, int64_t n, void* out);
 
+// Adds the inner products of n elements of each two slots to sums, row by row of the lower triangle.
+constexpr int64_t kMaxGramSlots = 16;
+using RingGram = void (*)(const void* const* slots, int64_t count, int64_t n, double* sums);
+
 struct ResidualKernels {  // indexed by DType
   ResidualL1 residual_l1[kDTypes];
   L1 l1[kDTypes];
@@ -27,18 +31,25 @@ struct ForecastKernels {
   ResidualForecast residual_forecast[kDTypes];
 };
 
+struct GramKernels {
+  RingGram ring_gram[kDTypes];
+};
+
 // Each instruction set's tables; the namespaces are CMake's names for the sets of compiler flags.
 namespace baseline {
 extern const ResidualKernels residual_kernels;
 extern const ForecastKernels forecast_kernels;
+extern const GramKernels gram_kernels;
 }  // namespace baseline
 namespace avx2 {
 extern const ResidualKernels residual_kernels;
 extern const ForecastKernels forecast_kernels;
+extern const GramKernels gram_kernels;
 }  // namespace avx2
 namespace avx512 {
 extern const ResidualKernels residual_kernels;
 extern const ForecastKernels forecast_kernels;
+extern const GramKernels gram_kernels;
 }  // namespace avx512
 
 // The best set that this CPU runs and CACHEDIT_CPU_CAPABILITY allows. Chosen at the first call.
@@ -46,6 +57,7 @@ struct Kernels {
   const char* capability;  // "default", "avx2" or "avx512"
   const ResidualKernels* residual;
   const ForecastKernels* forecast;
+  const GramKernels* gram;
 };
 const Kernels& kernels();
 

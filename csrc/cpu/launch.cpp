@@ -165,4 +165,35 @@ void residual_forecast(const std::vector<ForecastStream>& streams, const float* 
       });
 }
 
+void ring_gram(const std::vector<GramStream>& streams, float* out) {
+  const GramKernels& table = *kernels().gram;
+  const Chunks<GramStream> chunks(streams);
+  const int64_t slots = static_cast<int64_t>(streams[0].slots.size());
+  const int64_t pairs = slots * (slots + 1) / 2;
+  std::vector<double> partials(chunks.count() * pairs);
+  chunks.run([&](const GramStream& stream, int64_t row, int64_t column, int64_t n, int64_t chunk) {
+    char* room = scratch(slots);
+    const void* pointers[kMaxGramSlots];
+    for (int64_t k = 0; k < slots; ++k) {
+      pointers[k] = stream.slots[k].read(row * stream.columns + column, n, room + k * kScratch);
+    }
+    table.ring_gram[stream.dtype](pointers, slots, n, partials.data() + chunk * pairs);
+  });
+  const double* partial = partials.data();
+  for (const GramStream& stream : streams) {
+    for (int64_t row = 0; row < stream.rows; ++row, out += slots * slots) {
+      double totals[kMaxGramSlots * (kMaxGramSlots + 1) / 2] = {};
+      for (int64_t i = 0; i < Chunks<GramStream>::per_row(stream); ++i, partial += pairs) {
+        for (int64_t p = 0; p < pairs; ++p) totals[p] += partial[p];
+      }
+      const double* total = totals;
+      for (int64_t i = 0; i < slots; ++i) {
+        for (int64_t j = 0; j <= i; ++j, ++total) {
+          out[i * slots + j] = out[j * slots + i] = static_cast<float>(*total);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace cachedit

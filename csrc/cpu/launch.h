@@ -57,4 +57,14 @@ struct ForecastStream {
 // weights: one for each slot or, per row, [rows, slots].
 void residual_forecast(const std::vector<ForecastStream>& streams, const float* weights, bool per_row, float base);
 
+struct GramStream {
+  DType dtype;
+  int64_t rows;     // a matrix for each: 1, or the batch
+  int64_t columns;  // elements of a row
+  std::vector<Elements> slots;
+};
+
+// Into [S, rows, slots, slots].
+void ring_gram(const std::vector<GramStream>& streams, float* out);
+
 }  // namespace cachedit

@@ -15,6 +15,7 @@ __all__ = [
     "CacheType",
     "CalibratorConfig",
     "DBCacheConfig",
+    "DMDCalibratorConfig",
     "FoCaCalibratorConfig",
     "HermiteCalibratorConfig",
     "TaylorSeerCalibratorConfig",
@@ -262,6 +263,50 @@ class HermiteCalibratorConfig(CalibratorConfig):
         """Return a short tag of the settings; ``details=True`` spells it out."""
         order, sigma = self.hermite_order, self.hermite_sigma
         return f"Hermite_O({order}, {sigma})" if kwargs.get("details") else f"HO{order}S{sigma}"
+
+
+@dataclasses.dataclass
+class DMDCalibratorConfig(CalibratorConfig):
+    """Forecast by dynamic mode decomposition: a sum of exponentials, fitted to evenly spaced computed steps.
+
+    It takes at least 4 computed steps at even distances; before that, and where distances differ, it forecasts as
+    TaylorSeer of order 1 does. Each fit reads a few inner products back from the device, and serves all samples of a
+    batch.
+
+    Args:
+        dmd_history: Residuals to keep per stream, at least 4. The dynamics drift from step to step, so 5 or 6 do better
+            than more.
+        dmd_rank: Number of modes. 0 takes those above 1e-4 of the leading singular value, as far as inner products
+            in float32 tell them from rounding (about 5e-4).
+        dmd_ridge: Added to the singular values that are divided by.
+        dmd_svd_precision: ``"low"``, ``"medium"`` or ``"high"``. Accepted for compatibility and without effect: modes
+            come from the inner products in float64, there is no decomposition on the device whose precision to choose.
+    """
+
+    enable_calibrator: bool = True
+    enable_encoder_calibrator: bool = True
+    calibrator_type: str = "dmd"
+    dmd_history: int = 6
+    dmd_rank: int = 0
+    dmd_ridge: float = 1e-8
+    dmd_svd_precision: str = "medium"
+
+    def validate(self) -> None:
+        """Check types and ranges of every field."""
+        super().validate()
+        _check_int("dmd_history", self.dmd_history, 4, 16)
+        _check_int("dmd_rank", self.dmd_rank, 0)
+        _check_real("dmd_ridge", self.dmd_ridge)
+        if not 0.0 <= self.dmd_ridge < math.inf:
+            raise ValueError(f"dmd_ridge must be at least 0 and finite, got {self.dmd_ridge}")
+        _check_choice("dmd_svd_precision", self.dmd_svd_precision, ("low", "medium", "high"))
+
+    def strify(self, **kwargs: Any) -> str:
+        """Return a short tag of the settings; ``details=True`` spells it out."""
+        if kwargs.get("details"):
+            return f"DMD_H({self.dmd_history}, {self.dmd_svd_precision})"
+        precision = "" if self.dmd_svd_precision == "medium" else self.dmd_svd_precision[0]
+        return f"DMDH{self.dmd_history}{precision}"
 
 
 def _check_int(name: str, value: Any, at_least: int, at_most: int | None = None) -> None:

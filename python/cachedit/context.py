@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ import torch
 import cachedit_kernels as kernels
 
 from .config import BasicCacheConfig, CalibratorConfig
-from .forecast import Reuse, make_forecaster
+from .forecast import FittedForecaster, Reuse, make_forecaster
 from .policy import Decision, Policy
 
 __all__ = ["SectionState", "StreamSpec"]
@@ -52,6 +53,7 @@ class SectionState:
         self.config = config
         self.forecaster = make_forecaster(calibrator_config)
         self.slots = self.forecaster.slots
+        self.fitter = self.forecaster if isinstance(self.forecaster, FittedForecaster) else None
         plain_encoder = calibrator_config is not None and not calibrator_config.enable_encoder_calibrator
         self.encoder_forecaster = Reuse() if plain_encoder and self.slots > 1 else None
         self.keeps_outputs = calibrator_config is not None and calibrator_config.calibrator_cache_type != "residual"
@@ -69,6 +71,7 @@ class SectionState:
 
     def forget(self) -> None:
         """Drop what is stored, keep statistics and buffers: the next step is computed."""
+        self.fits: list[Callable[[int], list[float]]] | None = None  # per stream, until the next residual is stored
         self.steps: list[int] = []  # computed steps whose residuals are stored, newest first
         self.next_slot = 0
         self.has_anchor = False
@@ -108,6 +111,10 @@ class SectionState:
     def forecast(self, streams: list[torch.Tensor], diff: float | None) -> list[torch.Tensor]:
         """Forecast the body's outputs from its inputs: ``streams + sum_k weights[k] * rings[k]``."""
         policy = self.policy
+        if self.fitter is not None and self.fitter.window(self.steps) > 0:
+            out = self._forecast_fitted(self.fitter, streams)
+            policy.record(Decision.REUSE, diff)
+            return out
         weights = self._slot_weights(self.forecaster.weights(self.steps, policy.step))
         if self.encoder_forecaster is None:
             out = kernels.residual_forecast(streams, self.rings, weights, self.base)
@@ -116,6 +123,22 @@ class SectionState:
             out = kernels.residual_forecast(streams[:1], self.rings[:1], weights, self.base)
             out += kernels.residual_forecast(streams[1:], self.rings[1:], plain, self.base)
         policy.record(Decision.REUSE, diff)
+        return out
+
+    def _forecast_fitted(self, fitter: FittedForecaster, streams: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Each stream with weights of its own, fitted at the first reused step after a computed one.
+
+        That step waits for the device once more, for the inner products of all streams together.
+        """
+        fitted = 1 if self.encoder_forecaster is not None else len(streams)
+        if self.fits is None:
+            slots = [(self.next_slot - 1 - age) % self.slots for age in range(fitter.window(self.steps))]
+            grams = kernels.ring_gram(self.rings[:fitted], slots).tolist()
+            self.fits = [fitter.fit(self.steps, gram) for gram in grams]
+        out = []
+        for i, stream in enumerate(streams):
+            weights = self.fits[i](self.policy.step) if i < fitted else [1.0]
+            out += kernels.residual_forecast([stream], [self.rings[i]], self._slot_weights(weights), self.base)
         return out
 
     def store(self, streams: list[torch.Tensor], outputs: list[torch.Tensor], diff: float | None) -> None:
@@ -128,6 +151,7 @@ class SectionState:
                 ring[slot].copy_(output)
         else:
             kernels.residual_push(streams, outputs, self.rings, slot)
+        self.fits = None
         self.steps = [self.policy.step, *self.steps[: self.slots - 1]]
         self.next_slot = (slot + 1) % self.slots
         self.policy.record(Decision.COMPUTE, diff)

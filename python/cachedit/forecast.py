@@ -7,12 +7,19 @@ of each computed step in a ring and hands the weights to ``cachedit_kernels.resi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
-from .config import CalibratorConfig, FoCaCalibratorConfig, HermiteCalibratorConfig, TaylorSeerCalibratorConfig
+from .config import (
+    CalibratorConfig,
+    DMDCalibratorConfig,
+    FoCaCalibratorConfig,
+    HermiteCalibratorConfig,
+    TaylorSeerCalibratorConfig,
+)
 
 __all__ = [
+    "FittedForecaster",
     "FoCa",
     "Forecaster",
     "Hermite",
@@ -37,6 +44,27 @@ class Forecaster(Protocol):
         Args:
             steps: Computed steps whose residuals are stored, newest first; 1 to ``slots`` entries.
             step: The step to forecast, later than ``steps[0]``.
+        """
+        ...
+
+
+@runtime_checkable
+class FittedForecaster(Forecaster, Protocol):
+    """A forecaster that fits its weights to the residuals themselves, where it has enough of them."""
+
+    def window(self, steps: Sequence[int]) -> int:
+        """Return how many of the newest residuals to fit to; 0 where :meth:`weights` is to be used instead."""
+        ...
+
+    def fit(self, steps: Sequence[int], gram: Sequence[Sequence[float]]) -> Callable[[int], list[float]]:
+        """Fit to the newest ``window(steps)`` residuals of one stream; done once until another one is stored.
+
+        Args:
+            steps: As for :meth:`weights`.
+            gram: Inner products of these residuals, newest first.
+
+        Returns:
+            A function from the step to forecast to one weight per entry of ``gram``.
         """
         ...
 
@@ -211,4 +239,8 @@ def make_forecaster(config: CalibratorConfig | None) -> Forecaster:
         return Hermite(config.hermite_order, config.hermite_sigma)
     if isinstance(config, FoCaCalibratorConfig):
         return FoCa()
+    if isinstance(config, DMDCalibratorConfig):
+        from .dmd import DMD  # it needs torch, which nothing else here does
+
+        return DMD(config.dmd_history, config.dmd_rank, config.dmd_ridge)
     return Reuse()

@@ -14,7 +14,14 @@ import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar, overload
 
-from .config import BasicCacheConfig, CalibratorConfig, DBCacheConfig, FoCaCalibratorConfig, TaylorSeerCalibratorConfig
+from .config import (
+    BasicCacheConfig,
+    CalibratorConfig,
+    DBCacheConfig,
+    DMDCalibratorConfig,
+    FoCaCalibratorConfig,
+    TaylorSeerCalibratorConfig,
+)
 from .document import Document, read_document
 from .mask import MASK_POLICIES, steps_mask
 
@@ -27,7 +34,7 @@ Loaded = tuple[BasicCacheConfig | None, CalibratorConfig | None]
 
 
 class _Calibrator(NamedTuple):
-    config: type[CalibratorConfig] | None  # None: known, but not available yet
+    config: type[CalibratorConfig]
     keys: dict[str, str]  # key in the file: field of the configuration
     encoder: bool  # whether files forecast the encoder stream where they do not say
 
@@ -44,7 +51,7 @@ _DMD_KEYS["enable_encoder_dmd"] = "enable_encoder_calibrator"
 _FOCA_KEYS = {"enable_encoder_foca": "enable_encoder_calibrator"}
 _CALIBRATORS: dict[str, _Calibrator] = {
     "enable_taylorseer": _Calibrator(TaylorSeerCalibratorConfig, _SHARED_KEYS | _TAYLORSEER_KEYS, False),
-    "enable_dmd": _Calibrator(None, _SHARED_KEYS | _DMD_KEYS, True),
+    "enable_dmd": _Calibrator(DMDCalibratorConfig, _SHARED_KEYS | _DMD_KEYS, True),
     "enable_foca": _Calibrator(FoCaCalibratorConfig, _SHARED_KEYS | _FOCA_KEYS, False),
 }
 
@@ -189,8 +196,6 @@ def _calibrator_config(given: Mapping[str, Any], where: str) -> CalibratorConfig
     if not enabled:
         return None
     row = _CALIBRATORS[enabled[0]]
-    if row.config is None:
-        raise ValueError(f"{where}{enabled[0]}: not available in this version yet")
     names = {field: key for key, field in row.keys.items() if key in given}
     values = {"enable_encoder_calibrator": row.encoder} | {field: given[key] for field, key in names.items()}
     return _build(row.config, values, where, names)

@@ -6,6 +6,7 @@ from cachedit import (
     CacheType,
     CalibratorConfig,
     DBCacheConfig,
+    DMDCalibratorConfig,
     FoCaCalibratorConfig,
     HermiteCalibratorConfig,
     TaylorSeerCalibratorConfig,
@@ -124,3 +125,28 @@ def test_foca():
     config.validate()
     assert (config.calibrator_type, config.enable_calibrator, config.enable_encoder_calibrator) == ("foca", True, True)
     assert config.strify() == "FoCa"
+
+
+def test_dmd():
+    config = DMDCalibratorConfig()
+    config.validate()
+    assert (config.calibrator_type, config.enable_calibrator, config.enable_encoder_calibrator) == ("dmd", True, True)
+    settings = (config.dmd_history, config.dmd_rank, config.dmd_ridge, config.dmd_svd_precision)
+    assert settings == (6, 0, 1e-8, "medium")
+    assert (config.strify(), config.strify(details=True)) == ("DMDH6", "DMD_H(6, medium)")
+    assert DMDCalibratorConfig(dmd_svd_precision="high", dmd_history=5).strify() == "DMDH5h"
+    for name, value, message in [
+        ("dmd_history", 3, "from 4 to 16, got 3"),
+        ("dmd_rank", -1, "at least 0, got -1"),
+        ("dmd_ridge", -1e-9, "at least 0 and finite, got -1e-09"),
+        ("dmd_svd_precision", "full", "one of 'low', 'medium', 'high', got 'full'"),
+    ]:
+        with pytest.raises(ValueError, match=f"{name} must be {message}"):
+            DMDCalibratorConfig(**{name: value}).validate()
+
+
+@pytest.mark.parametrize("name", ["DMDCalibratorConfig", "FoCaCalibratorConfig", "TaylorSeerCalibratorConfig"])
+def test_names_and_defaults_are_those_of_cache_dit(name):
+    peer = getattr(pytest.importorskip("cache_dit.caching.cache_contexts.calibrators"), name)
+    ours = getattr(__import__("cachedit_kernels"), name)
+    assert ours().as_dict() == peer().as_dict()

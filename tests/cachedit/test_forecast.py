@@ -5,8 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachedit import CalibratorConfig, FoCaCalibratorConfig, HermiteCalibratorConfig, TaylorSeerCalibratorConfig
+from cachedit import (
+    CalibratorConfig,
+    DMDCalibratorConfig,
+    FoCaCalibratorConfig,
+    HermiteCalibratorConfig,
+    TaylorSeerCalibratorConfig,
+)
+from cachedit.dmd import DMD
 from cachedit.forecast import (
+    FittedForecaster,
     FoCa,
     Hermite,
     Reuse,
@@ -174,3 +182,7 @@ def test_make_forecaster():
     assert forecaster.weights([4, 2], 5) == hermite_weights([4, 2], 5, 3, 0.7)
     assert isinstance(make_forecaster(FoCaCalibratorConfig()), FoCa)
     assert isinstance(make_forecaster(FoCaCalibratorConfig(enable_calibrator=False)), Reuse)
+    forecaster = make_forecaster(DMDCalibratorConfig(dmd_history=5, dmd_rank=2, dmd_ridge=0.0))
+    assert isinstance(forecaster, DMD) and isinstance(forecaster, FittedForecaster)
+    assert (forecaster.slots, forecaster.rank, forecaster.ridge) == (5, 2, 0.0)
+    assert not isinstance(make_forecaster(FoCaCalibratorConfig()), FittedForecaster)

@@ -181,7 +181,7 @@ def test_what_is_no_mask(mask):
         ({"enable_taylorseer": True, "taylorseer_cache_type": "x"}, "taylorseer_cache_type must be one of 'residual'"),
         ({"enable_taylorseer": True, "enable_encoder_taylorseer": 1}, "enable_encoder_taylorseer must be true or"),
         ({"enable_taylorseer": True, "enable_foca": True}, "enable_taylorseer and enable_foca exclude each other"),
-        ({"enable_dmd": True}, "enable_dmd: not available in this version yet"),
+        ({"enable_dmd": True, "dmd_history": 3}, "dmd_history must be from 4 to 16, got 3"),
     ],
 )
 def test_errors_name_file_and_key(tmp_path, section, message):
@@ -228,6 +228,7 @@ def test_calibrators():
     assert calibrator(enable_taylorseer=False, taylorseer_order=2) is None
     assert calibrator() is None
     assert calibrator(enable_dmd=False, enable_foca=False, enable_taylorseer=True).taylorseer_order == 1
+    assert calibrator(enable_dmd=True, dmd_history=5) == cachedit.DMDCalibratorConfig(dmd_history=5)
     assert calibrator(enable_foca=True, enable_encoder_foca=True) == cachedit.FoCaCalibratorConfig()
     full = calibrator(enable_taylorseer=True, enable_encoder_taylorseer=True, taylorseer_cache_type="hidden_states")
     assert full == TaylorSeerCalibratorConfig(calibrator_cache_type="hidden_states")

@@ -13,7 +13,7 @@ import cachedit_kernels
 from cachedit_kernels import _native
 from operands import python
 
-OPERATORS = {"residual_l1", "l1", "residual_push", "residual_forecast"}
+OPERATORS = {"residual_l1", "l1", "residual_push", "residual_forecast", "ring_gram"}
 UNSET = {"CACHEDIT_KERNELS_BACKEND": None, "CACHEDIT_CPU_CAPABILITY": None, "TRITON_INTERPRET": None}
 USE_ALL = """
 import torch, cachedit_kernels as c
@@ -24,12 +24,14 @@ print(c.residual_l1([x], [x * 3], [x]).tolist(), c.residual_l1([x], [x], [x], Tr
 print(c.l1([x], [x * 2]).tolist())
 print(c.residual_forecast([x], [ring], [1.0, 2.0])[0].tolist())
 print(c.residual_forecast([x], [ring], torch.tensor([1.0, 2.0]), 0.0)[0].tolist())
+print(c.ring_gram([ring]).tolist(), c.ring_gram([ring], [1], True).tolist())
 """
 USED_ALL = """\
 [[6.0, 6.0]] [[[3.0, 3.0], [3.0, 3.0]]]
 [[6.0, 6.0]]
 [[8.0, 8.0, 8.0], [8.0, 8.0, 8.0]]
 [[7.0, 7.0, 7.0], [7.0, 7.0, 7.0]]
+[[[54.0, 36.0], [36.0, 24.0]]] [[[[12.0]], [[12.0]]]]
 """
 needs_library = pytest.mark.skipif(not _native.PATH.exists(), reason="needs the compiled library")
 

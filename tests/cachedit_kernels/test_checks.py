@@ -206,6 +206,26 @@ def cases() -> list[Case]:
             "hidden[0] must have the batch size of weights, 1, in dimension 0, got shape ()",
         ),
     ]
+    gram, two = "ring_gram", [x(2, 4)]
+    table += [
+        Case(gram, ([], None, False), "ring must have at least one tensor, got an empty list"),
+        Case(gram, ([x(2, dtype=double)], None, False), "ring[0] must be float32, float16 or bfloat16, got float64"),
+        Case(
+            gram, ([x(2), x(2, device="meta")], None, False), "ring[1] must be on the device of ring[0], cpu, got meta"
+        ),
+        Case(gram, ([x()], None, False), "ring[0] must have a slot dimension, got shape ()"),
+        Case(
+            gram,
+            ([*two, x(2)], None, True),
+            "ring[1] must have a slot and a batch dimension for per_sample, got shape (2,)",
+        ),
+        Case(gram, ([*two, x(3, 4)], None, False), "ring[1] must have as many slots as ring[0], 2, got 3"),
+        Case(gram, ([*two, x(2, 3)], None, True), "ring[1] must have the batch size of ring[0], 4, got 3"),
+        Case(gram, (two, [0, 2], False), "slots[1] must be in [0, 2), got 2"),
+        Case(gram, (two, [-1], False), "slots[0] must be in [0, 2), got -1"),
+        Case(gram, ([x(17, 2)], None, False), "at most 16 slots can be multiplied at once, got 17"),
+        Case(gram, (two, [0] * 17, False), "at most 16 slots can be multiplied at once, got 17"),
+    ]
     return table
 
 

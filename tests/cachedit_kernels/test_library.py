@@ -40,6 +40,9 @@ CALLS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
         lambda: (streams(0), streams(1, 2), torch.ones(2, 2)),
     ),
     "residual_forecast.floats": (OPS.residual_forecast.floats, lambda: (streams(0), streams(1, 2), [2.0, -1.0], 0.5)),
+    "ring_gram": (OPS.ring_gram.default, lambda: (streams(0, 3),)),
+    "ring_gram of some slots": (OPS.ring_gram.default, lambda: (streams(0, 3), [2, 0])),
+    "ring_gram per sample": (OPS.ring_gram.default, lambda: (streams(0, 3), None, True)),
 }
 each_call = pytest.mark.parametrize("operator, arguments", CALLS.values(), ids=CALLS)
 
@@ -81,7 +84,8 @@ def test_a_step_compiles_into_one_graph() -> None:
         sums = cachedit_kernels.residual_l1([before, before], [after.sin(), after], [residual, ring[0]], True)
         cachedit_kernels.residual_push([before * 1], [after + 1], [ring], slot)
         (out,) = cachedit_kernels.residual_forecast([before], [ring], weights)
-        return sums, out + cachedit_kernels.l1([before], [after])[0, 0]
+        gram = cachedit_kernels.ring_gram([ring, ring], [2, 0])
+        return sums, out + cachedit_kernels.l1([before], [after])[0, 0] + gram[1, 0, 1]
 
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True)

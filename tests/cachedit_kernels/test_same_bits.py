@@ -13,7 +13,7 @@ from operands import python
 # Everything the kernels do, hashed, with NaN made alike (which NaN comes out is not promised).
 SCRIPT = """
 import hashlib, torch
-from cachedit_kernels import backends, residual_l1, l1, residual_push, residual_forecast
+from cachedit_kernels import backends, residual_l1, l1, residual_push, residual_forecast, ring_gram
 from operands import DTYPES, LAYOUTS, SHAPES, make
 
 def add(digest, tensors):
@@ -40,6 +40,9 @@ def everything():
             add(digest, [ring])
             add(digest, residual_forecast([before], [ring], [1.7, -0.3]))
             add(digest, residual_forecast([before], [ring], [1e-3, 0.0], 1.01))
+            three = torch.stack([before, after, anchor])
+            for per_sample in (False, True) if before.dim() else (False,):
+                add(digest, [ring_gram([three], None, per_sample), ring_gram([three], [2, 0], per_sample)])
     return digest.hexdigest()
 
 digests = set()
