@@ -17,7 +17,7 @@ import torch
 from diffusers.utils.logging import disable_progress_bar
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import cachedit
@@ -223,9 +223,7 @@ def run(
     with _quiet():  # a cache that never triggers is what is wanted here
         every_step = demo.first_run(_measure_only(steps))
     with _progress(console) as progress:
-        results = [_measure(demo, entry, rounds, progress) for entry in configurations(steps)]
-        fewest = min(len(result.computed_steps) for result in results)
-        results.append(_measure(demo, Configuration(f"plain model, {fewest} steps", fewest), rounds, progress, steps))
+        results = _measure(demo, steps, rounds, progress)
     for result in results:
         result.quality = compare(result.images, baseline.images)
     report = {
@@ -246,16 +244,23 @@ def run(
     return report
 
 
-def _measure(
-    demo: Demo, configuration: Configuration, rounds: int, progress: Progress, baseline_steps: int | None = None
-) -> Result:
-    task = progress.add_task(configuration.name, total=rounds + 1)
-    result = demo.first_run(configuration)
-    progress.advance(task)
-    for _ in range(rounds):
-        demo.time(result, baseline_steps or configuration.steps)
+def _measure(demo: Demo, steps: int, rounds: int, progress: Progress) -> list[Result]:
+    """All configurations, in turn in each round, so that a slow minute of the machine falls on all of them."""
+
+    def first(configuration: Configuration) -> tuple[Result, TaskID]:
+        task = progress.add_task(configuration.name, total=rounds + 1)
+        result = demo.first_run(configuration)
         progress.advance(task)
-    return result
+        return result, task
+
+    measured = [first(configuration) for configuration in configurations(steps)]
+    fewest = min(len(result.computed_steps) for result, _ in measured)
+    measured.append(first(Configuration(f"plain model, {fewest} steps", fewest)))
+    for _ in range(rounds):
+        for result, task in measured:
+            demo.time(result, steps)
+            progress.advance(task)
+    return [result for result, _ in measured]
 
 
 @contextmanager

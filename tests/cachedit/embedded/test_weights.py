@@ -67,4 +67,4 @@ def test_the_training_log_is_complete():
     assert list(rows[0]) == ["step", "loss", "lr", "seconds", "held_out_loss", "check"]
     steps = [int(row["step"]) for row in rows]
     assert steps == sorted(set(steps)) and float(rows[-1]["loss"]) < float(rows[0]["loss"]) / 10
-    assert float(rows[-1]["check"]) >= 0.9
+    assert [float(row["check"]) for row in rows if row["check"]][-1] >= 0.9
