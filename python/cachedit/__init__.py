@@ -6,20 +6,32 @@ The thin engine over ``cachedit_kernels``. Start with :func:`enable_cache`.
 from cachedit_kernels import __version__
 
 from .adapter import BlockAdapter
-from .api import disable_cache, enable_cache, refresh_context, summary
+from .api import (
+    disable_cache,
+    drop_request,
+    enable_cache,
+    limit_requests,
+    refresh_context,
+    request,
+    summary,
+)
 from .config import (
     BasicCacheConfig,
     CacheType,
     CalibratorConfig,
     DBCacheConfig,
+    DBPruneConfig,
     DMDCalibratorConfig,
     FoCaCalibratorConfig,
     HermiteCalibratorConfig,
+    PolicyConfig,
     TaylorSeerCalibratorConfig,
 )
 from .load import load_cache_config, load_configs, load_options
 from .mask import steps_mask
+from .modifier import ParamsModifier
 from .pattern import ForwardPattern
+from .policy import Decision, StepPolicy, StepView
 from .stats import CacheStats
 
 __all__ = [
@@ -29,18 +41,27 @@ __all__ = [
     "CacheType",
     "CalibratorConfig",
     "DBCacheConfig",
+    "DBPruneConfig",
     "DMDCalibratorConfig",
+    "Decision",
     "FoCaCalibratorConfig",
     "ForwardPattern",
     "HermiteCalibratorConfig",
+    "ParamsModifier",
+    "PolicyConfig",
+    "StepPolicy",
+    "StepView",
     "TaylorSeerCalibratorConfig",
     "__version__",
     "disable_cache",
+    "drop_request",
     "enable_cache",
+    "limit_requests",
     "load_cache_config",
     "load_configs",
     "load_options",
     "refresh_context",
+    "request",
     "steps_mask",
     "summary",
 ]

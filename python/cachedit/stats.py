@@ -7,8 +7,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from .controller import Branch, Controller
+from .controller import Controller
 from .policy import StepRecord
+from .request import Branch
 
 __all__ = ["CacheStats", "collect", "format_table"]
 
@@ -43,10 +44,10 @@ class CacheStats:
 
 def collect(controller: Controller) -> list[CacheStats]:
     """Return the statistics of a cached transformer, one entry per section."""
-    config, calibrator = controller.config, controller.calibrator_config
-    options = {"cache_config": config.as_dict(), "calibrator_config": calibrator and calibrator.as_dict()}
     result = []
     for index, section in enumerate(controller.sections):
+        config, calibrator = section.config, section.calibrator_config
+        options = {"cache_config": config.as_dict(), "calibrator_config": calibrator and calibrator.as_dict()}
         stats = CacheStats(type(controller.transformer).__name__, section.name, options)
         reused = total = 0
         main, uncond = _main_branch(controller), controller.branches.get("uncond")
