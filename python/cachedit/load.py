@@ -152,7 +152,12 @@ def _cache_section(section: Mapping[str, Any], where: str, reset: bool, hints: I
     config_class = _CACHE_TYPES.get(cache_type)
     if config_class is None:
         raise ValueError(f"{where}cache_type must be one of {', '.join(_CACHE_TYPES)}, got {cache_type}")
-    _check_keys(section, _cache_keys(config_class), where, hints)
+    known = _cache_keys(config_class)
+    for key in section:
+        owners = [name for name, other in _CACHE_TYPES.items() if key in _cache_keys(other)]
+        if owners and key not in known:
+            raise ValueError(f"{where}{key}: goes with cache_type {' or '.join(owners)} only, not with {cache_type}")
+    _check_keys(section, known, where, hints)
     given = {key: value for key, value in section.items() if value is not None}
     values = {field.name: given[field.name] for field in dataclasses.fields(config_class) if field.name in given}
     if "cache_type" in values:

@@ -181,7 +181,7 @@ def test_what_is_no_mask(mask):
         ({"steps_computation_policy": "slow"}, "steps_computation_policy must be one of 'dynamic', 'static', got 'sl"),
         ({"cache_type": "FBCache"}, "cache_type must be one of DBCache, DBPrune, got FBCache"),
         ({"cache_type": "DBPrune", "non_prune_block_id": [1]}, "non_prune_block_id: did you mean non_prune_block_ids"),
-        ({"non_prune_block_ids": [1]}, "non_prune_block_ids: unknown key"),
+        ({"non_prune_block_ids": [1]}, "non_prune_block_ids: goes with cache_type DBPrune only, not with DBCache"),
         ({"enable_taylorseer": "yes"}, "enable_taylorseer must be true or false, got 'yes'"),
         ({"enable_taylorseer": True, "taylorseer_order": 9}, "taylorseer_order must be from 1 to 4, got 9"),
         ({"enable_taylorseer": True, "taylorseer_cache_type": "x"}, "taylorseer_cache_type must be one of 'residual'"),
