@@ -221,6 +221,11 @@ class DBPruneConfig(BasicCacheConfig):
         for position, block in enumerate(self.non_prune_block_ids):
             _check_int(f"non_prune_block_ids[{position}]", block, 0)
 
+    def prunable_blocks(self, total: int) -> frozenset[int]:
+        """Numbers of the blocks, of ``total``, that may be pruned."""
+        inner = range(self.Fn_compute_blocks, total - self.Bn_compute_blocks)
+        return frozenset(inner) - frozenset(self.non_prune_block_ids)
+
 
 @dataclasses.dataclass
 class PolicyConfig(BasicCacheConfig):

@@ -177,6 +177,4 @@ def _bytes(settings: Settings, section: Section, specs: list[StreamSpec]) -> int
     if config.force_reduce_calibrator_vram and calibrator is not None and len(specs[0].shape) > 1:
         tokens = specs[0].shape[1]
         measured = measured // tokens * -(-tokens // SAMPLED)
-    last = section.total - config.Bn_compute_blocks
-    prunable = set(range(config.Fn_compute_blocks, last)) - set(config.non_prune_block_ids)
-    return len(prunable) * (residuals + measured)
+    return len(config.prunable_blocks(section.total)) * (residuals + measured)

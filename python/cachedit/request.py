@@ -201,7 +201,7 @@ class Requests:
 def _new_state(section: Section) -> State:
     config = section.config
     if isinstance(config, DBPruneConfig):
-        return PruneState(config, section.calibrator_config)
+        return PruneState(config, section.calibrator_config, section.total)
     return SectionState(config, section.calibrator_config)
 
 
