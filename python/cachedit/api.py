@@ -96,7 +96,7 @@ def enable_cache(
         controller.attach()
         _announce(controller, pipe)
     if pipe is not None:
-        PipelineWatch(pipe, controllers).attach()
+        PipelineWatch(pipe, [plan.transformer for plan in plans]).attach()
     return pipe_or_adapter
 
 
@@ -143,8 +143,7 @@ def refresh_context(
     controllers = _enabled("transformer", transformer)
     if cache_config is None and calibrator_config is None and not changes:
         for controller in controllers:
-            steps = controller.config.num_inference_steps
-            controller.begin_request(steps, ends=steps is not None)
+            controller.begin_request()
         return
     updated = []
     for controller in controllers:
@@ -162,7 +161,7 @@ def refresh_context(
 
 @contextmanager
 def request(target: Any, key: Hashable, num_inference_steps: int | None = None) -> Iterator[None]:
-    """Run the forwards inside, of this thread, on the state of one request of its own.
+    """Run the forwards inside, of this thread or asyncio task, on the state of one request of its own.
 
     A server that interleaves the steps of many requests on one model, from one thread or several, wraps each
     forward (or each run of a pipeline). State is made when a key is first used, and kept until
@@ -171,11 +170,13 @@ def request(target: Any, key: Hashable, num_inference_steps: int | None = None) 
     Args:
         target: The transformer (or pipeline, or adapter) that the cache is enabled on.
         key: Names the request; anything hashable.
-        num_inference_steps: Denoising steps of the request, looked at when the key is new. A forward after the last
-            one begins anew. Default: as configured, or as the pipeline says.
+        num_inference_steps: Denoising steps of the request, looked at when it begins. A forward after the last one
+            begins anew. Default: as configured, or as the pipeline says.
 
     Raises:
-        ValueError: If the cache is not enabled there.
+        ValueError: If the cache is not enabled there, or the configuration's mask has another length.
+        TypeError: If the key is not hashable.
+        RuntimeError: From a forward, if another thread is in one of the same request.
 
     Example:
         >>> with cachedit.request(transformer, job.id, num_inference_steps=job.steps):
@@ -263,7 +264,7 @@ def _controllers(target: Any) -> list[Controller]:
     else:
         watched = PipelineWatch.of(target)
         if watched is not None:
-            return [c for c in watched.controllers if c.attached]
+            return watched.controllers
         modules = list(_pipeline_transformers(target))
     return [c for c in map(controller_of, modules) if c is not None]
 

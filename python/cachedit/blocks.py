@@ -7,6 +7,7 @@ slicing, ``len``, child names, iteration outside of a forward - is the plain lis
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -17,7 +18,18 @@ from torch import nn
 from .config import BasicCacheConfig, CalibratorConfig
 from .pattern import BlockSignature
 
-__all__ = ["Guard", "Link", "Run", "Section", "Site", "current_run", "intercept", "release", "run_sections"]
+__all__ = [
+    "Guard",
+    "Link",
+    "Run",
+    "Section",
+    "Site",
+    "current_run",
+    "intercept",
+    "onload_group",
+    "release",
+    "run_sections",
+]
 
 _thread = threading.local()  # .run: the innermost cached forward of this thread
 
@@ -141,6 +153,17 @@ class Site:
         return getattr(self.block, name)
 
 
+def onload_group(block: nn.Module) -> None:
+    """A block is about to run and the one before it was skipped: have diffusers' group offloading load its weights.
+
+    The weights of a group are loaded by the hook on its first block, which does not run on a skipped one.
+    """
+    registry = vars(block).get("_diffusers_hook")
+    hook = None if registry is None else registry.get_hook("group_offloading")
+    if hook is not None and hook.group.onload_leader is not block:
+        hook.group.onload_()
+
+
 class _InterceptedList(nn.ModuleList):
     """Mixed into the class of one list object; ``_cachedit_links`` maps the controllers to the list's place."""
 
@@ -151,6 +174,17 @@ class _InterceptedList(nn.ModuleList):
             return super().__iter__()
         run: Run = forward.sections[link.index]
         return run.sites(link, list(self._modules.values()))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _InterceptedList:
+        other = memo[id(self)] = type(self).__new__(type(self))
+        vars(other).update(copy.deepcopy(vars(self), memo))
+        return other
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a transformer that the cache is enabled on cannot be pickled: call cachedit.disable_cache first "
+            "(state_dict and save_pretrained work either way)"
+        )
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):  # a slice is a plain list of the same blocks

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .blocks import Guard, Link, Section, Site, current_run
+from .blocks import Guard, Link, Section, Site, current_run, onload_group
 from .context import SectionState
 from .metric import Measured
 from .pattern import BlockSignature, check_shapes
@@ -124,8 +124,9 @@ class SectionRun:
                 yield _Open(blocks[i], self, link)
             else:
                 yield blocks[i]
+        tail = blocks[max(last + 1, 0) :]
         if 0 <= first < count:
-            yield _Edge(blocks[first], self, link, True, first == last)
+            yield _Edge(blocks[first], self, link, True, first == last, tail)
         inside = blocks[max(first + 1, 0) : max(last, 0)]
         if not self.decided:
             for block in inside:
@@ -135,8 +136,8 @@ class SectionRun:
         else:
             yield from inside  # the step is computed: the blocks themselves, nothing in between
         if first < last and 0 <= last < count:
-            yield _Edge(blocks[last], self, link, False, True)
-        yield from blocks[max(last + 1, 0) :]
+            yield _Edge(blocks[last], self, link, False, True, tail)
+        yield from tail
 
 
 class _Open(Site):
@@ -189,12 +190,15 @@ class _Skip:
 class _Edge(Site):
     """First and last block of the body (the same site where it has one block)."""
 
-    __slots__ = ("enters", "leaves")
+    __slots__ = ("enters", "leaves", "tail")
 
-    def __init__(self, block: nn.Module, run: SectionRun, link: Link, enters: bool, leaves: bool):
+    def __init__(
+        self, block: nn.Module, run: SectionRun, link: Link, enters: bool, leaves: bool, tail: list[nn.Module]
+    ):
         super().__init__(block, run, link)
         self.enters = enters
         self.leaves = leaves
+        self.tail = tail
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         run, signature = self.run, self.link.signature
@@ -203,7 +207,11 @@ class _Edge(Site):
             encoder = None if pattern.Return_H_Only else _encoder(signature, run, args, kwargs)
             run.enter(signature.hidden(args, kwargs), encoder)
         if run.reuse and run.streams is not None:
-            return pattern.pack(*(run.finish() if self.leaves else run.streams))
+            if not self.leaves:
+                return pattern.pack(*run.streams)
+            if self.tail:
+                onload_group(self.tail[0])
+            return pattern.pack(*run.finish())
         output = self.block(*args, **kwargs)
         if self.leaves:
             run.leave(self.block, *pattern.unpack(self.block, output))

@@ -61,13 +61,6 @@ class State:
         self.specs = None
         self.policy.stored = False
 
-    def rewind(self, step: int) -> None:
-        """Go back to the start of a step that failed, with nothing stored."""
-        policy = self.policy
-        policy.step = step
-        policy.records = [record for record in policy.records if record.step < step]
-        self.forget()
-
     @property
     def bytes_held(self) -> int:
         """Bytes of the buffers."""
@@ -83,16 +76,18 @@ class State:
             else:
                 return
         new = [StreamSpec.of(tensor) for tensor in streams]
-        if specs is not None and self.policy.stored:
+        started = self.policy.stored
+        self.release()
+        self.specs = new
+        if started:
+            assert specs is not None
             logger.warning(
                 "streams changed within a request at step %d, the cache starts afresh: %s, before %s",
                 self.policy.step,
                 _describe(new),
                 _describe(specs),
             )
-        self.release()
-        self.forget()
-        self.specs = new
+            self.forget()
 
 
 class SectionState(State):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
-import threading
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from types import MethodType
-from typing import Any
+from contextvars import ContextVar
+from types import MappingProxyType, MethodType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -19,14 +19,31 @@ from .blocks import Link, Section, intercept, release, run_sections
 from .config import BasicCacheConfig
 from .modifier import Settings
 from .pattern import BlockSignature
-from .request import DEFAULT, Branch, Request, Requests
+from .request import DEFAULT, Branch, Loop, Request, Requests, check_key
+
+if TYPE_CHECKING:
+    from .watch import PipelineWatch
 
 __all__ = ["Controller", "controller_of"]
 
 logger = logging.getLogger(__name__)
 
 _ATTRIBUTE = "_cachedit_controller"
-_thread = threading.local()  # .names: branch names from cache_context, .keys: of requests; both by controller
+T = TypeVar("T")
+
+
+class Scope(NamedTuple):
+    """The request that forwards work on."""
+
+    key: Hashable = DEFAULT
+    total_steps: int | None = None
+
+
+_NONE: Mapping[Any, Any] = MappingProxyType({})
+
+# By controller, for the running thread or asyncio task: what ``cachedit.request`` and ``cache_context`` say.
+_scopes: ContextVar[Mapping[Controller, Scope]] = ContextVar("cachedit_scopes", default=_NONE)
+_names: ContextVar[Mapping[Controller, str]] = ContextVar("cachedit_names", default=_NONE)
 
 
 class CachedForward:
@@ -80,7 +97,8 @@ class Controller:
                 offset += len(item.blocks)
             self.sections.append(section)
         self.requests = Requests()
-        self.warned_about_grad = self.warned_about_idling = False
+        self.watch: PipelineWatch | None = None  # on the pipeline that the cache was enabled through
+        self.warned_about_grad = self.warned_about_idling = self.warned_about_mask = False
         self.attached = False
 
     @property
@@ -96,32 +114,25 @@ class Controller:
     # Requests and branches
 
     @property
-    def request(self) -> Request:
-        """The request that this thread works on."""
-        key = getattr(_thread, "keys", {}).get(id(self), DEFAULT)
-        steps = self.config.num_inference_steps
-        return self.requests.get(key, steps, steps is not None)
+    def scope(self) -> Scope:
+        """The request that this thread (or asyncio task) works on, with its steps where they were given."""
+        return _scopes.get().get(self) or Scope()
 
     @property
     def branches(self) -> dict[str, Branch]:
-        """Branches of this thread's request, or of the one that ran last."""
-        branches = self.request.branches
-        latest = self.requests.latest
-        return branches if branches or latest is None else latest.branches
+        """Branches that have run in this thread's request; outside of ``cachedit.request``, in the last one."""
+        scope = _scopes.get().get(self)
+        request = self.requests.latest if scope is None else self.requests.find(scope.key)
+        branches = {} if request is None else dict(request.branches)
+        return {name: branch for name, branch in branches.items() if branch.has_run}
 
-    def begin_request(self, total_steps: int | None = None, ends: bool = False) -> None:
-        """Start a request: nothing of the one before is reused; buffers stay.
+    def begin_request(self) -> None:
+        """Start a request: nothing of the one before is reused; buffers stay."""
+        self.requests.begin(self.scope.key, self._steps(self.scope))
 
-        Args:
-            total_steps: Denoising steps of the request, where known.
-            ends: Whether a forward after the last of these steps begins the next request.
-
-        Raises:
-            ValueError: If the configuration's mask has another length.
-        """
-        for section in self.sections:
-            section.config.resolve_mask(total_steps)
-        self.request.begin(total_steps, ends)
+    def announce(self, loop: Loop) -> None:
+        """A pipeline is about to run a denoising loop: its first forward begins a request."""
+        self.requests.announce(self.scope.key, loop, self._steps(self.scope))
 
     def reconfigure(self, settings: Sequence[Settings]) -> None:
         """Take on other configurations, one per section, and start afresh."""
@@ -132,33 +143,58 @@ class Controller:
         for section, chosen in zip(self.sections, settings, strict=True):
             section.configure(*chosen)
         self.requests.clear()
-        self.warned_about_idling = False
+        self.warned_about_idling = self.warned_about_mask = False
 
     @contextmanager
     def use_request(self, key: Hashable, total_steps: int | None) -> Iterator[None]:
-        """Run the forwards inside, of this thread, on the request ``key``."""
-        keys = _thread.__dict__.setdefault("keys", {})
-        with _entry(keys, id(self), key):
-            steps = self.config.num_inference_steps if total_steps is None else total_steps
-            self.requests.get(key, steps, steps is not None)
+        """Run the forwards inside, of this thread (or asyncio task), on the request ``key``."""
+        check_key(key)
+        if total_steps is not None and not (isinstance(total_steps, int) and total_steps >= 1):
+            raise ValueError(f"num_inference_steps must be an integer of at least 1, got {total_steps!r}")
+        scope = Scope(key, total_steps)
+        self._check_masks(self._steps(scope))
+        with _entry(_scopes, self, scope):
             yield
 
-    def branch_name(self, request: Request) -> str:
-        """The guidance branch that the next forward belongs to: as the pipeline says, else by the order of calls."""
-        name: str | None = getattr(_thread, "names", {}).get(id(self))
+    def _steps(self, scope: Scope) -> int | None:
+        return self.config.num_inference_steps if scope.total_steps is None else scope.total_steps
+
+    def _check_masks(self, total_steps: int | None) -> None:
+        for section in self.sections:
+            section.config.resolve_mask(total_steps)
+
+    def _begin_if_due(self, request: Request, scope: Scope) -> None:
+        """Start a request if a pipeline has announced one, or its scheduler was given other timesteps."""
+        told = request.announced or request.loop
+        watch = self.watch if told is None else told.watch
+        loop = None if watch is None else watch.next_loop(request)
+        if loop is None:
+            return
+        steps, configured = loop.total_steps, self._steps(scope)
+        if loop is not request.announced:
+            if scope.total_steps is not None:
+                return  # who gives each request its steps may set the scheduler for one while others are under way
+            steps, configured = configured, steps  # a guess from the scheduler comes last
+        steps = configured if steps is None else steps
+        self._check_masks(steps)
+        request.begin(steps)
+        request.announced, request.loop = None, loop
+
+    def branch_name(self, calls: int) -> str:
+        """The guidance branch of a forward after so many in its request: as the pipeline says, else by their order."""
+        name = _names.get().get(self)
         if name is not None:
             return name
         separate = self.config.enable_separate_cfg
         if not (self.has_separate_cfg if separate is None else separate):
             return "default"
-        return "uncond" if (request.calls % 2 == 0) == self.config.cfg_compute_first else "cond"
+        return "uncond" if (calls % 2 == 0) == self.config.cfg_compute_first else "cond"
 
     @contextmanager
     def cache_context(self, name: str) -> Iterator[None]:
         """Run the forwards inside on the branch ``name``; diffusers pipelines call it around each guidance branch."""
-        names = _thread.__dict__.setdefault("names", {})
         original = getattr(type(self.transformer), "cache_context", None)
-        with _entry(names, id(self), name), nullcontext() if original is None else original(self.transformer, name):
+        with _entry(_names, self, name), nullcontext() if original is None else original(self.transformer, name):
             yield
 
     # One forward
@@ -167,26 +203,27 @@ class Controller:
         """Run the transformer's own forward with its block lists handing out sites."""
         if not self.attached or self._wants_gradients():
             return original(*args, **kwargs)
-        request = self.request
-        outer = request.enter()
+        scope = self.scope
+        steps = self._steps(scope)
+        request, outer = self.requests.enter(scope.key, steps)
         try:
-            branch = request.branch(self.branch_name(request), self.sections)
-            step = branch.step
+            self._begin_if_due(request, scope)
+            branch = request.branch(self.branch_name(request.calls), self.sections, steps)
+            if request.calls == 0:
+                self._warn_if_masks_are_unresolved(request)
             runs = branch.runs()
-            try:
-                with run_sections(self, runs):
-                    output = original(*args, **kwargs)
-                for run in runs:
-                    run.close()
-                    if run.bypassed:
-                        self._warn_about_gradients("the blocks' inputs")
-            except BaseException:
-                branch.rewind(step)
-                raise
+            with run_sections(self, runs):
+                output = original(*args, **kwargs)
+            for run in runs:
+                run.close()
+                if run.bypassed:
+                    self._warn_about_gradients("the blocks' inputs")
             request.calls += 1
+        except BaseException:
+            request.begin(request.total_steps)  # nobody goes on after that: the next forward begins anew
+            raise
         finally:
-            request.leave(outer)
-        self.requests.limit_bytes(request)
+            self.requests.leave(request, outer)
         if branch.step == request.total_steps and not self.warned_about_idling:
             self._warn_if_idle(branch)
         return output
@@ -210,6 +247,18 @@ class Controller:
                 name,
                 of,
             )
+
+    def _warn_if_masks_are_unresolved(self, request: Request) -> None:
+        for section in self.sections:
+            mask = section.config.steps_computation_mask
+            if isinstance(mask, str) and request.total_steps is None and not self.warned_about_mask:
+                self.warned_about_mask = True
+                logger.warning(
+                    "steps_computation_mask=%r has no effect on %s: how many steps a request has is not known; set "
+                    "num_inference_steps",
+                    mask,
+                    type(self.transformer).__name__,
+                )
 
     def _warn_if_idle(self, branch: Branch) -> None:
         """A cache that does nothing should not do it silently: say so once, after a whole request without reuse."""
@@ -265,6 +314,7 @@ class Controller:
         if getattr(vars(module).get("cache_context"), "__self__", None) is self:
             vars(module).pop("cache_context")
         vars(module).pop(_ATTRIBUTE, None)
+        self.watch = None
         self.requests.clear()
 
 
@@ -275,18 +325,13 @@ def controller_of(module: Any) -> Controller | None:
 
 
 @contextmanager
-def _entry(table: dict[int, Any], key: int, value: Any) -> Iterator[None]:
-    """Inside, ``table[key]`` is ``value``."""
-    missing = object()
-    outer = table.get(key, missing)
-    table[key] = value
+def _entry(table: ContextVar[Mapping[Controller, T]], controller: Controller, value: T) -> Iterator[None]:
+    """Inside, the table has this value for the controller."""
+    token = table.set({**table.get(), controller: value})
     try:
         yield
     finally:
-        if outer is missing:
-            del table[key]
-        else:
-            table[key] = outer
+        table.reset(token)
 
 
 def _put(holder: Any, name: str, value: Any) -> None:

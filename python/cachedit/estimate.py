@@ -124,19 +124,19 @@ class _Probe(Controller):
     def __init__(self, plan: Any, settings: list[Settings]):
         super().__init__(plan, settings)
         self.wanted = settings
+        self.calls = 0
         self.seen: dict[tuple[str, int], list[StreamSpec]] = {}
         for section in self.sections:
             section.configure(replace(DBCacheConfig(), Fn_compute_blocks=1), None)
             section.in_place = False
 
     def forward(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        request = self.request
-        branch = self.branch_name(request)
+        branch = self.branch_name(self.calls)
         states = [_Recorder(self.seen, (branch, index)) for index in range(len(self.sections))]
         runs = [SectionRun(section, state) for section, state in zip(self.sections, states, strict=True)]  # type: ignore[arg-type]
         with run_sections(self, runs):
             output = original(*args, **kwargs)
-        request.calls += 1
+        self.calls += 1
         return output
 
     def held(self) -> list[Held]:

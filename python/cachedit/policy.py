@@ -83,10 +83,12 @@ class Policy:
     def refresh_due(self) -> bool:
         """Whether ``force_refresh_step_hint`` asks for a fresh start at this step."""
         hint = self.config.force_refresh_step_hint
-        if hint is None or self.step == 0 or self.step == self.origin:
+        if hint is None:
             return False
-        repeat = self.config.force_refresh_step_policy == "repeat"
-        return self.step % hint == 0 if repeat else self.step == hint
+        # The step itself may have been skipped: a guidance branch need not run at each.
+        if self.config.force_refresh_step_policy == "repeat":
+            return self.step // hint > self.origin // hint
+        return self.origin < hint <= self.step
 
     def plan(self) -> Decision:
         """Decide as far as the residual difference is not needed."""

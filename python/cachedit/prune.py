@@ -12,7 +12,7 @@ from torch import nn
 
 import cachedit_kernels as kernels
 
-from .blocks import Guard, Link, Section, Site
+from .blocks import Guard, Link, Section, Site, onload_group
 from .config import CalibratorConfig, DBPruneConfig
 from .context import State
 from .metric import relative
@@ -200,7 +200,10 @@ class PruneRun:
         for number, block in enumerate(blocks, link.offset):
             if number in self.state.prunable:
                 yield _Prunable(block, self, link, number)
-            elif pattern.Forward_H_only and not pattern.Return_H_Only:
+                continue
+            if self.opened and number - 1 in self.state.pruned:
+                onload_group(block)
+            if pattern.Forward_H_only and not pattern.Return_H_Only:
                 yield _Tracked(block, self, link)
             else:
                 yield block
@@ -231,6 +234,8 @@ class PruneRun:
             outputs = pruned
             self.encoder = outputs[1] if len(outputs) == 2 else None
             return pattern.pack(outputs[0], self.encoder)
+        if number - 1 in state.pruned:
+            onload_group(block)
         state.keep_input(number, hidden)
         inputs = [self.guard(stream) for stream in streams]
         output = block(*args, **kwargs)

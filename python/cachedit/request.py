@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .blocks import Run, Section
 from .body import SectionRun
@@ -13,11 +14,23 @@ from .config import DBPruneConfig
 from .context import SectionState, State
 from .prune import PruneRun, PruneState
 
-__all__ = ["Branch", "Request", "Requests"]
+if TYPE_CHECKING:
+    from .watch import PipelineWatch
+
+__all__ = ["DEFAULT", "Branch", "Loop", "Request", "Requests", "check_key"]
 
 logger = logging.getLogger(__name__)
 
-DEFAULT = ("cachedit", "default")  # key of the request that runs outside of ``cachedit.request``
+DEFAULT: Hashable = object()  # key of the request that runs outside of ``cachedit.request``
+
+
+class Loop(NamedTuple):
+    """A denoising loop, as a pipeline tells about it."""
+
+    watch: PipelineWatch
+    timesteps: Any
+    """The scheduler's at that time; compared by identity only."""
+    total_steps: int | None
 
 
 class Branch:
@@ -27,39 +40,45 @@ class Branch:
         name: As the pipeline calls it (``cache_context(name)``), or "cond", "uncond" or "default".
         sections: The transformer's sections.
         total_steps: Steps of the request, if known.
-        first: The branch that this request had first, if there is one; its differences serve here where the
-            configuration says so.
     """
 
-    def __init__(self, name: str, sections: list[Section], total_steps: int | None, first: Branch | None):
+    def __init__(self, name: str, sections: list[Section], total_steps: int | None):
         self.name = name
         self.sections = sections
         self.states: list[State] = [_new_state(section) for section in sections]
-        if first is not None:
-            for state, other in zip(self.states, first.states, strict=True):
-                if isinstance(state, SectionState) and not state.config.cfg_diff_compute_separate:
-                    state.borrows_from = other if isinstance(other, SectionState) else None
         self.begin(total_steps)
-
-    @property
-    def step(self) -> int:
-        """Steps of this request that are done."""
-        return self.states[0].policy.step
-
-    @property
-    def bytes_held(self) -> int:
-        """Bytes of all buffers."""
-        return sum(state.bytes_held for state in self.states)
 
     def begin(self, total_steps: int | None) -> None:
         """Start a request."""
         for state in self.states:
             state.begin(total_steps)
 
-    def rewind(self, step: int) -> None:
-        """Go back to the start of a step that failed, with nothing stored."""
+    def follow(self, first: Branch | None) -> None:
+        """Have the differences of the request's first branch serve here, where the configuration says so."""
+        for i, state in enumerate(self.states):
+            if isinstance(state, SectionState) and not state.config.cfg_diff_compute_separate:
+                other = None if first is None else first.states[i]
+                state.borrows_from = other if isinstance(other, SectionState) else None
+
+    @property
+    def has_run(self) -> bool:
+        """Whether it has run in this request."""
+        return bool(self.states[0].policy.records)
+
+    @property
+    def step(self) -> int:
+        """Steps of the request that are done."""
+        return self.states[0].policy.step
+
+    @step.setter
+    def step(self, step: int) -> None:
         for state in self.states:
-            state.rewind(step)
+            state.policy.step = step
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of all buffers."""
+        return sum(state.bytes_held for state in self.states)
 
     def runs(self) -> list[Run]:
         """What the lists hand out during one forward."""
@@ -70,67 +89,70 @@ class Request:
     """State of one request.
 
     Args:
-        total_steps: Denoising steps, if known.
-        ends: Whether a forward after the last step begins the next request.
+        total_steps: Denoising steps, if known: a forward after the last one begins the next request.
     """
 
-    def __init__(self, total_steps: int | None, ends: bool):
+    def __init__(self, total_steps: int | None):
         self.branches: dict[str, Branch] = {}
         self.owner: int | None = None  # thread that runs a forward
-        self.begin(total_steps, ends)
+        self.bytes_held = 0  # when its last forward ended, where there is a limit
+        self.announced: Loop | None = None  # begins with the next forward
+        self.loop: Loop | None = None  # that this request is
+        self.calls = 0
+        self.begin(total_steps)
 
-    def begin(self, total_steps: int | None, ends: bool) -> None:
-        """Start afresh: nothing of what was before is reused; buffers stay."""
+    def begin(self, total_steps: int | None) -> None:
+        """Start afresh: nothing of what was before is reused. Buffers stay, except of branches that went unused."""
+        if self.calls:
+            self.branches = {name: branch for name, branch in self.branches.items() if branch.has_run}
         self.total_steps = total_steps
-        self.ends = ends
         self.calls = 0  # forwards, over all branches
+        self.step = 0  # that the newest forward belongs to
+        self.position = -1  # of its branch among the branches
         for branch in self.branches.values():
             branch.begin(total_steps)
 
-    @property
-    def bytes_held(self) -> int:
-        """Bytes of all buffers."""
-        return sum(branch.bytes_held for branch in self.branches.values())
+    def branch(self, name: str, sections: list[Section], next_total: int | None = None) -> Branch:
+        """Take the branch of a forward to the step that the forward belongs to.
 
-    def branch(self, name: str, sections: list[Section]) -> Branch:
-        """The branch that a call belongs to."""
+        Steps are those of the request, not of the branch: a branch that skips some (guidance limited to an interval)
+        follows masks, warm-up and forecasts at the same steps as the others. Branches run in one order within a step,
+        so a forward that does not come later in it than the one before begins the next step.
+
+        Args:
+            name: The branch.
+            sections: The transformer's sections.
+            next_total: Steps of the request that begins if this one is over. Default: as many again.
+        """
+        names = list(self.branches)
+        position = names.index(name) if name in self.branches else len(names)
+        if position <= self.position:
+            self.step += 1
+            if self.total_steps is not None and self.step >= self.total_steps:
+                self.begin(self.total_steps if next_total is None else next_total)
+        self.position = position
         branch = self.branches.get(name)
         if branch is None:
-            first = next(iter(self.branches.values()), None)
-            branch = self.branches[name] = Branch(name, sections, self.total_steps, first)
-        elif self.ends and self.total_steps is not None and branch.step >= self.total_steps:
-            self.begin(self.total_steps, self.ends)
+            branch = self.branches[name] = Branch(name, sections, self.total_steps)
+        if not branch.has_run:
+            branch.follow(next((other for other in self.branches.values() if other.has_run), None))
+        branch.step = self.step
         return branch
+
+    def count_bytes(self) -> int:
+        """Count the bytes of all buffers."""
+        return sum(branch.bytes_held for branch in self.branches.values())
 
     def release(self) -> None:
         """Drop the buffers; which step each branch is at is kept."""
         for branch in self.branches.values():
             for state in branch.states:
                 state.release()
-
-    def enter(self) -> int | None:
-        """A forward begins. Two at a time on one request would mix up its steps. Returns what to give to ``leave``.
-
-        Raises:
-            RuntimeError: If another thread is in a forward of this request.
-        """
-        thread = threading.get_ident()
-        outer = self.owner
-        if outer is not None and outer != thread:
-            raise RuntimeError(
-                "two threads run one request of a cached transformer at the same time; give each its own state: "
-                "with cachedit.request(transformer, key): ..."
-            )
-        self.owner = thread
-        return outer
-
-    def leave(self, outer: int | None) -> None:
-        """The forward has ended."""
-        self.owner = outer
+        self.bytes_held = 0
 
 
 class Requests:
-    """All requests of one transformer, the least recently used one first.
+    """All requests of one transformer, the least recently used one first. Threads may call it at any time.
 
     Args:
         max_requests: Keep at most so many besides the default one; the least recently used is dropped.
@@ -139,63 +161,129 @@ class Requests:
     """
 
     def __init__(self, max_requests: int = 256, max_bytes: int | None = None):
-        self.by_key: OrderedDict[Hashable, Request] = OrderedDict()
+        self._by_key: OrderedDict[Hashable, Request] = OrderedDict()
+        # Guards the requests' owners as well: what runs is neither dropped nor freed. Reentrant, because freeing
+        # memory may run a finalizer that drops a request.
+        self._lock = threading.RLock()
         self._warned = False
-        self.limit(max_requests, max_bytes)
-
-    def limit(self, max_requests: int, max_bytes: int | None) -> None:
-        """Set the limits; they hold from the next forward on."""
         self.max_requests = max_requests
         self.max_bytes = max_bytes
 
-    def get(self, key: Hashable, total_steps: int | None, ends: bool) -> Request:
-        """The request of this key, new if there is none."""
-        request = self.by_key.get(key)
-        if request is None:
-            request = self.by_key[key] = Request(total_steps, ends)
-            self._limit_count(request)
-        self.by_key.move_to_end(key)
-        return request
+    def __deepcopy__(self, memo: Any) -> Requests:
+        return Requests(self.max_requests, self.max_bytes)  # a copied model has no requests under way
 
-    def drop(self, key: Hashable) -> None:
-        """Drop a request and its buffers, if it is there."""
-        self.by_key.pop(key, None)
+    def limit(self, max_requests: int, max_bytes: int | None) -> None:
+        """Set the limits, which hold from now on."""
+        with self._lock:
+            self.max_requests, self.max_bytes = max_requests, max_bytes
+            self._limit_count()
+            for request in self._by_key.values():
+                if request.owner is None:
+                    request.bytes_held = request.count_bytes()
+            self._limit_bytes()
 
-    def clear(self) -> None:
-        """Drop all."""
-        self.by_key.clear()
+    def enter(self, key: Hashable, total_steps: int | None) -> tuple[Request, int | None]:
+        """A forward begins: return its request, made if there is none, and what to give to ``leave``.
+
+        Raises:
+            RuntimeError: If another thread is in a forward of this request; two at a time would mix up its steps.
+        """
+        with self._lock:
+            request = self._get(key, total_steps)
+            outer, request.owner = request.owner, threading.get_ident()
+            self._limit_count()
+        return request, outer
+
+    def leave(self, request: Request, outer: int | None) -> None:
+        """The forward has ended."""
+        with self._lock:
+            if self.max_bytes is not None:
+                request.bytes_held = request.count_bytes()
+                self._limit_bytes()  # while it counts as running: it keeps its own
+            request.owner = outer
+
+    def begin(self, key: Hashable, total_steps: int | None) -> None:
+        """Start a request afresh.
+
+        Raises:
+            RuntimeError: If another thread is in a forward of it.
+        """
+        with self._lock:
+            self._get(key, total_steps).begin(total_steps)
+
+    def announce(self, key: Hashable, loop: Loop, total_steps: int | None) -> None:
+        """Have a request begin with its next forward.
+
+        Raises:
+            RuntimeError: If another thread is in a forward of it.
+        """
+        with self._lock:
+            self._get(key, total_steps).announced = loop
+
+    def find(self, key: Hashable) -> Request | None:
+        """The request of this key, if there is one."""
+        return self._by_key.get(key)
 
     @property
     def latest(self) -> Request | None:
-        """The request that ran last."""
-        return next((request for request in reversed(self.by_key.values()) if request.branches), None)
+        """The request that was used last."""
+        with self._lock:
+            return next(reversed(self._by_key.values()), None)
 
-    def limit_bytes(self, running: Request) -> None:
-        """Have the least recently used requests drop their buffers until the limit holds."""
+    def drop(self, key: Hashable) -> None:
+        """Drop a request and its buffers, if it is there."""
+        check_key(key)
+        with self._lock:
+            self._by_key.pop(key, None)
+
+    def clear(self) -> None:
+        """Drop all."""
+        with self._lock:
+            self._by_key.clear()
+
+    def _get(self, key: Hashable, total_steps: int | None) -> Request:
+        request = self._by_key.get(key)
+        if request is None:
+            request = self._by_key[key] = Request(total_steps)
+        elif request.owner not in (None, threading.get_ident()):
+            raise RuntimeError(
+                "two threads run one request of a cached transformer at the same time; give each its own state: "
+                "with cachedit.request(transformer, key): ..."
+            )
+        self._by_key.move_to_end(key)
+        return request
+
+    def _limit_count(self) -> None:
+        idle = [key for key, request in self._by_key.items() if key is not DEFAULT and request.owner is None]
+        excess = len(self._by_key) - (DEFAULT in self._by_key) - self.max_requests
+        for key in idle[: max(excess, 0)]:
+            self.drop(key)
+            if not self._warned:
+                self._warned = True
+                logger.warning(
+                    "more than %d requests at a time on one transformer: the least recently used are dropped and "
+                    "start over; end requests with cachedit.drop_request, or raise the limit",
+                    self.max_requests,
+                )
+
+    def _limit_bytes(self) -> None:
         if self.max_bytes is None:
             return
-        held = {key: request.bytes_held for key, request in list(self.by_key.items())}
-        total = sum(held.values())
-        for key, size in held.items():
-            request = self.by_key.get(key)
+        total = sum(request.bytes_held for request in self._by_key.values())
+        for request in list(self._by_key.values()):
             if total <= self.max_bytes:
                 return
-            if request is not None and request is not running and request.owner is None and size:
+            if request.owner is None and request.bytes_held:
+                total -= request.bytes_held
                 request.release()
-                total -= size
 
-    def _limit_count(self, new: Request) -> None:
-        keyed = [key for key in self.by_key if key is not DEFAULT]
-        for key in keyed[: max(len(keyed) - self.max_requests, 0)]:
-            if self.by_key[key] is not new and self.by_key[key].owner is None:
-                self.drop(key)
-                if not self._warned:
-                    self._warned = True
-                    logger.warning(
-                        "more than %d requests at a time on one transformer: the least recently used are dropped and "
-                        "start over; end requests with cachedit.drop_request, or raise the limit",
-                        self.max_requests,
-                    )
+
+def check_key(key: Any) -> None:
+    """Raise a TypeError if ``key`` cannot name a request."""
+    try:
+        hash(key)
+    except TypeError:
+        raise TypeError(f"key must be hashable, got {type(key).__name__}") from None
 
 
 def _new_state(section: Section) -> State:
