@@ -78,7 +78,9 @@ def modified(
     """Return copies of ``settings`` with what is given put in; fields that are None keep what is set."""
     config = copy.deepcopy(settings.config)
     if cache_config is not None:
-        if _kind(cache_config) is not _kind(config):
+        # A partial configuration of fields that all kinds have says nothing about the kind.
+        partial = _kind(cache_config) is DBCacheConfig and cache_config.cache_type is None
+        if _kind(cache_config) is not _kind(config) and not partial:
             config = type(cache_config)(num_inference_steps=config.num_inference_steps)
         config.update(**copy.deepcopy(vars(cache_config)))
     calibrator = settings.calibrator_config if calibrator_config is None else calibrator_config
