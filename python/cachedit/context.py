@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import NamedTuple
 
 import torch
@@ -137,6 +138,8 @@ class SectionState(State):
         if decision is Decision.MEASURE:
             diff = self.metric.measure(seen) if self.borrows_from is None else _diff_of(self.borrows_from, policy.step)
             decision = policy.decide(diff)
+            if diff is not None and not math.isfinite(diff):
+                self.residuals.forget()  # what is stored may be as bad, and forecasts weigh several steps
         computed = decision is Decision.COMPUTE
         if computed:
             # From here on the step is half stored; an exception in the body must not leave it to be reused.

@@ -117,15 +117,16 @@ class PruneState(State):
         self.decided.clear()
         for i, diff in enumerate(relative(sums[0] if len(sums) == 1 else torch.cat(sums))):
             outputs: Outputs = None
-            if self._below_threshold(diff):
+            if self._below_threshold(numbers[i], diff):
                 outputs = inputs[i + 1] if i + 1 < len(inputs) else self._forecast(numbers[i], inputs[i])
             self.decided[numbers[i]] = inputs[i], outputs
             if outputs is None:
                 return
 
-    def _below_threshold(self, diff: float) -> bool:
+    def _below_threshold(self, number: int, diff: float) -> bool:
         if not math.isfinite(diff):
             self.policy.nonfinite += 1
+            self.blocks[number].residuals.forget()  # what is stored may be as bad, and forecasts weigh several steps
             return False
         threshold = self._threshold()
         self.diffs.append(diff)
