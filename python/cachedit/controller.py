@@ -163,6 +163,13 @@ class Controller:
         for section in self.sections:
             section.config.resolve_mask(total_steps)
 
+    def _masks_fit(self, total_steps: int | None) -> bool:
+        try:
+            self._check_masks(total_steps)
+        except ValueError:
+            return False
+        return True
+
     def _begin_if_due(self, request: Request, scope: Scope) -> None:
         """Start a request if a pipeline has announced one, or its scheduler was given other timesteps."""
         told = request.announced or request.loop
@@ -170,13 +177,14 @@ class Controller:
         loop = None if watch is None else watch.next_loop(request)
         if loop is None:
             return
-        steps, configured = loop.total_steps, self._steps(scope)
-        if loop is not request.announced:
-            if scope.total_steps is not None:
-                return  # who gives each request its steps may set the scheduler for one while others are under way
-            steps, configured = configured, steps  # a guess from the scheduler comes last
-        steps = configured if steps is None else steps
-        self._check_masks(steps)
+        steps = self._steps(scope)
+        if loop is request.announced:
+            steps = steps if loop.total_steps is None else loop.total_steps
+            self._check_masks(steps)
+        elif scope.total_steps is not None:
+            return  # who gives each request its steps may set the scheduler for one while others are under way
+        elif steps is None and self._masks_fit(loop.total_steps):  # it may be wrong: nothing to fail on
+            steps = loop.total_steps
         request.begin(steps)
         request.announced, request.loop = None, loop
 

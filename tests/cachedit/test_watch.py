@@ -198,6 +198,15 @@ def test_the_configured_count_goes_before_a_guess():
         assert pipe.reused[-1] == zeros("fast", 17)
 
 
+def test_a_guess_that_the_masks_do_not_fit_is_none():
+    """Seven steps have no mask by name, and the user's mask is for the steps that run, not for those that are set."""
+    for mask, expected in (("fast", []), ([1, 0, 0, 1], [1, 2])):
+        pipe = cached(Silent(), static(mask, residual_diff_threshold=0.0))
+        pipe.scheduler.set_timesteps(7)
+        pipe.denoise(pipe.scheduler.timesteps[3:])
+        assert pipe.reused == [expected]
+
+
 def test_arguments_of_other_progress_bars_are_passed_on():
     class Named(Pipeline):
         def progress_bar(self, iterable=None, total=None, desc=None, leave=True):
