@@ -11,6 +11,7 @@ from torch import nn
 from .adapter import BlockAdapter, TransformerPlan, plan_for
 from .config import BasicCacheConfig, CalibratorConfig, DBCacheConfig
 from .controller import Controller, controller_of
+from .register import BlockAdapterRegister
 from .requests import PipelineWatch
 from .stats import CacheStats, collect, format_table
 
@@ -152,8 +153,9 @@ def _check_configs(config: Any, calibrator: Any) -> None:
 
 def _plans(target: Any) -> tuple[Any, list[TransformerPlan]]:
     """The pipeline, if there is one, and a plan per transformer."""
-    if isinstance(target, BlockAdapter):
-        return target.pipe, target.plans()
+    adapter = target if isinstance(target, BlockAdapter) else BlockAdapterRegister.registered(target)
+    if adapter is not None:
+        return adapter.pipe, adapter.plans()
     if isinstance(target, nn.Module):
         return None, [plan_for(target)]
     transformers = _pipeline_transformers(target)

@@ -25,7 +25,14 @@ from .config import (
 from .document import Document, read_document
 from .mask import MASK_POLICIES, steps_mask
 
-__all__ = ["load_cache_config", "load_configs", "load_options"]
+__all__ = [
+    "load_attn_backend_config",
+    "load_cache_config",
+    "load_configs",
+    "load_options",
+    "load_parallelism_config",
+    "load_quantize_config",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +124,31 @@ def load_cache_config(path_or_dict: Document, **kwargs: Any) -> Loaded:
     """
     content, where = read_document(path_or_dict)
     return _cache_configs(content, where, **kwargs)
+
+
+def load_parallelism_config(
+    path_or_dict: Document, check_only: bool = False, **kwargs: Any
+) -> dict[str, Any] | bool | None:
+    """Load the section ``parallelism_config``: arguments and errors as for :func:`load_configs`.
+
+    Returns:
+        A plain dictionary, or None where there is no such section; with ``check_only``, whether there is one.
+    """
+    section: dict[str, Any] | None = load_configs(path_or_dict, **kwargs)["parallelism_config"]
+    return section is not None if check_only else section
+
+
+def load_attn_backend_config(path_or_dict: Document, **kwargs: Any) -> str | None:
+    """Load ``attention_backend``, a name or None: arguments and errors as for :func:`load_configs`."""
+    backend: str | None = load_configs(path_or_dict, **kwargs)["attention_backend"]
+    return backend
+
+
+def load_quantize_config(path_or_dict: Document, **kwargs: Any) -> dict[str, Any] | None:
+    """Load the section ``quantize_config``, a plain dictionary or None: arguments and errors as for
+    :func:`load_configs`."""
+    section: dict[str, Any] | None = load_configs(path_or_dict, **kwargs)["quantize_config"]
+    return section
 
 
 def load_options(path_or_dict: Document, reset: bool = False) -> dict[str, Any]:

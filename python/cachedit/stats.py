@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import statistics
 from collections.abc import Sequence
@@ -44,7 +45,7 @@ class CacheStats:
 def collect(controller: Controller) -> list[CacheStats]:
     """Return the statistics of a cached transformer, one entry per section."""
     config, calibrator = controller.config, controller.calibrator_config
-    options = {"cache_config": config.as_dict(), "calibrator_config": calibrator and calibrator.as_dict()}
+    options = copy.deepcopy({"cache_config": config, "calibrator_config": calibrator})
     result = []
     for index, section in enumerate(controller.sections):
         stats = CacheStats(type(controller.transformer).__name__, section.name, options)

@@ -25,7 +25,7 @@ def test_numbers(model):
     assert sorted(stats.residual_diffs) == [2, 3, 4, 5] and all(d > 0 for d in stats.residual_diffs.values())
     assert stats.skipped_blocks == pytest.approx(4 * 4 / (6 * 6))
     assert stats.bytes_held == 4 * (2 * 5 * 8 * 2 + 2 * 3 * 8)
-    assert stats.cache_options["cache_config"]["Fn_compute_blocks"] == 1
+    assert stats.cache_options["cache_config"].Fn_compute_blocks == 1
     assert [record.reason for record in stats.branches["default"]] == ["nothing stored", "warm-up", *["diff"] * 4]
 
 
