@@ -8,7 +8,15 @@ from typing import Any
 from cachedit_kernels import __version__
 
 from .adapter import BlockAdapter
-from .api import disable_cache, enable_cache, refresh_context, summary
+from .api import (
+    disable_cache,
+    drop_request,
+    enable_cache,
+    limit_requests,
+    refresh_context,
+    request,
+    summary,
+)
 from .attention import set_attn_backend
 from .cache_types import block_range, cache_type
 from .config import (
@@ -16,11 +24,14 @@ from .config import (
     CacheType,
     CalibratorConfig,
     DBCacheConfig,
+    DBPruneConfig,
     DMDCalibratorConfig,
     FoCaCalibratorConfig,
     HermiteCalibratorConfig,
+    PolicyConfig,
     TaylorSeerCalibratorConfig,
 )
+from .estimate import MemoryEstimate, estimate_memory
 from .load import (
     load_attn_backend_config,
     load_cache_config,
@@ -30,13 +41,15 @@ from .load import (
     load_quantize_config,
 )
 from .mask import steps_mask
+from .modifier import ParamsModifier
 from .patch_functor import PatchFunctor
 from .pattern import ForwardPattern
+from .policy import Decision, StepPolicy, StepView
 from .register import BlockAdapterRegister, get_adapter, supported_matrix, supported_pipelines
 from .stats import CacheStats
 from .tag import strify
 
-NONE, DBCache = CacheType.NONE, CacheType.DBCache
+NONE, DBCache, DBPrune = CacheType.NONE, CacheType.DBCache, CacheType.DBPrune
 Pattern_0, Pattern_1, Pattern_2, Pattern_3, Pattern_4, Pattern_5 = ForwardPattern
 
 __all__ = [
@@ -49,10 +62,15 @@ __all__ = [
     "CalibratorConfig",
     "DBCache",
     "DBCacheConfig",
+    "DBPrune",
+    "DBPruneConfig",
     "DMDCalibratorConfig",
+    "Decision",
     "FoCaCalibratorConfig",
     "ForwardPattern",
     "HermiteCalibratorConfig",
+    "MemoryEstimate",
+    "ParamsModifier",
     "PatchFunctor",
     "Pattern_0",
     "Pattern_1",
@@ -60,13 +78,19 @@ __all__ = [
     "Pattern_3",
     "Pattern_4",
     "Pattern_5",
+    "PolicyConfig",
+    "StepPolicy",
+    "StepView",
     "TaylorSeerCalibratorConfig",
     "__version__",
     "block_range",
     "cache_type",
     "disable_cache",
+    "drop_request",
     "enable_cache",
+    "estimate_memory",
     "get_adapter",
+    "limit_requests",
     "load_attn_backend_config",
     "load_cache_config",
     "load_configs",
@@ -74,6 +98,7 @@ __all__ = [
     "load_parallelism_config",
     "load_quantize_config",
     "refresh_context",
+    "request",
     "set_attn_backend",
     "steps_mask",
     "strify",

@@ -11,6 +11,7 @@ from torch import nn
 
 from .auto import Search, find_blocks
 from .models import MODELS, find_entry
+from .modifier import ParamsModifier, modifiers_per_transformer
 from .patch_functor import PatchFunctor
 from .pattern import ForwardPattern, check_outputs
 
@@ -36,14 +37,14 @@ class NamedBlocks(NamedTuple):
 class TransformerPlan(NamedTuple):
     """A transformer and its sections: lists in one section share a decision.
 
-    ``modifiers`` has one entry per block list, through all sections in order: a ``ParamsModifier`` or None.
+    ``modifiers`` has one entry per block list, through all sections in order.
     """
 
     transformer: nn.Module
     sections: list[list[NamedBlocks]]
     check_forward_pattern: bool
     has_separate_cfg: bool
-    modifiers: list[Any]
+    modifiers: list[ParamsModifier | None]
     patch_functor: PatchFunctor | None = None
 
 
@@ -116,23 +117,29 @@ class BlockAdapter:
         transformers = list(transformer) if isinstance(transformer, (list, tuple)) else [transformer]
         fields = (
             _per_transformer(name, getattr(self, name), len(transformers))
-            for name in ("blocks", "blocks_name", "forward_pattern", "params_modifiers")
+            for name in ("blocks", "blocks_name", "forward_pattern")
         )
         where = [""] if len(transformers) == 1 else [f"[{i}]" for i in range(len(transformers))]
-        return [self._plan(*values) for values in zip(where, transformers, *fields, strict=True)]
+        plans = [self._plan(*values) for values in zip(where, transformers, *fields, strict=True)]
+        modifiers = modifiers_per_transformer(self.params_modifiers, [len(plan.modifiers) for plan in plans])
+        return [plan._replace(modifiers=chosen) for plan, chosen in zip(plans, modifiers, strict=True)]
 
-    def _plan(
-        self, where: str, transformer: Any, blocks: Nested, names: Nested, patterns: Nested, modifiers: Nested
-    ) -> TransformerPlan:
+    def _plan(self, where: str, transformer: Any, blocks: Nested, names: Nested, patterns: Nested) -> TransformerPlan:
         if not isinstance(transformer, nn.Module):
             raise TypeError(f"transformer{where} must be a torch.nn.Module, got {type(transformer).__name__}")
         transformer = getattr(transformer, "_orig_mod", transformer)  # torch.compile's wrapper
         if self.auto and blocks is None and names is None:
             names, patterns = find_blocks(transformer, _auto_pattern(where, patterns), self._search())
         lists = _find_lists(where, transformer, _as_list(blocks), _as_list(names))
-        if not _as_list(patterns):
+        chosen = _as_list(patterns)
+        if not chosen:
             raise ValueError(f"forward_pattern{where} is missing; patterns are {_pattern_names()}")
-        chosen = _per_list(f"forward_pattern{where}", patterns, len(lists))
+        if len(chosen) == 1:
+            chosen = chosen * len(lists)
+        if len(chosen) != len(lists):
+            raise ValueError(
+                f"forward_pattern{where}: expected one pattern, or one per block list ({len(lists)}), got {len(chosen)}"
+            )
         named = [
             NamedBlocks(name, blocks, _as_pattern(where, pattern))
             for (name, blocks), pattern in zip(lists, chosen, strict=True)
@@ -147,7 +154,7 @@ class BlockAdapter:
             self._sections(where, transformer, named),
             self._checks(named),
             self.has_separate_cfg,
-            _per_list(f"params_modifiers{where}", modifiers, len(lists)),
+            [None] * len(lists),
             self.patch_functor,
         )
 
@@ -221,15 +228,6 @@ def _per_transformer(name: str, value: Nested, count: int) -> list[Nested]:
     if len(value) != count:
         raise ValueError(f"{name}: expected one entry per transformer ({count}), got {_describe(value)}")
     return list(value)
-
-
-def _per_list(name: str, value: Nested, count: int) -> list[Any]:
-    values = _as_list(value) or [None]
-    if len(values) == 1:
-        return values * count
-    if len(values) != count:
-        raise ValueError(f"{name}: expected one for all, or one per block list ({count}), got {len(values)}")
-    return values
 
 
 def _auto_pattern(where: str, patterns: Nested) -> ForwardPattern | None:

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 import logging
+from collections.abc import Hashable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
 
 from .adapter import BlockAdapter, TransformerPlan, plan_for
-from .config import BasicCacheConfig, CalibratorConfig, DBCacheConfig
+from .attention import set_attention_backend
+from .config import BasicCacheConfig, CacheType, CalibratorConfig, DBCacheConfig
 from .controller import Controller, controller_of
+from .modifier import Settings, modified, modifiers_per_transformer, settings_per_section
 from .register import BlockAdapterRegister
-from .requests import PipelineWatch
 from .stats import CacheStats, collect, format_table
+from .watch import PipelineWatch
 
-__all__ = ["disable_cache", "enable_cache", "refresh_context", "summary"]
+__all__ = [
+    "disable_cache",
+    "drop_request",
+    "enable_cache",
+    "limit_requests",
+    "refresh_context",
+    "request",
+    "summary",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +37,10 @@ def enable_cache(
     pipe_or_adapter: Any,
     cache_config: BasicCacheConfig | None = None,
     calibrator_config: CalibratorConfig | None = None,
+    params_modifiers: Any = None,
+    parallelism_config: Any = None,
+    attention_backend: str | None = None,
+    quantize_config: Any = None,
 ) -> Any:
     """Put the cache on a pipeline, a transformer, or whatever a :class:`BlockAdapter` describes.
 
@@ -33,25 +48,50 @@ def enable_cache(
 
     Args:
         pipe_or_adapter: A diffusers pipeline, a transformer (``torch.nn.Module``) of a known class, or a BlockAdapter.
-        cache_config: When to reuse. Default: ``DBCacheConfig()``.
+        cache_config: When to reuse. Default: ``DBCacheConfig()``. With ``CacheType.NONE`` nothing is enabled.
         calibrator_config: How to forecast reused steps. Default: the last residual as it is.
+        params_modifiers: One :class:`ParamsModifier` for everything, one per block list, or with several transformers
+            one (or a list) per transformer; None where the common settings hold. Default: the adapter's.
+        parallelism_config: Not available in this version yet.
+        attention_backend: Name of a diffusers attention backend to set on the transformers. Given without a
+            ``cache_config``, it is all that is done.
+        quantize_config: Not available in this version yet.
 
     Returns:
         What was given.
 
     Raises:
         ValueError, TypeError: For a configuration or an adapter that does not fit. Nothing is changed then.
+        NotImplementedError: For an argument that this version cannot serve.
 
     Example:
         >>> cachedit.enable_cache(pipe, DBCacheConfig(Fn_compute_blocks=1), TaylorSeerCalibratorConfig())
         >>> image = pipe("a cat").images[0]
         >>> cachedit.summary(pipe)
     """
-    config = copy.deepcopy(cache_config) if cache_config is not None else DBCacheConfig()
-    calibrator = copy.deepcopy(calibrator_config)
-    _check_configs(config, calibrator)
+    for name, value in (("parallelism_config", parallelism_config), ("quantize_config", quantize_config)):
+        if value is not None:
+            raise NotImplementedError(f"{name} is not available in this version of cachedit yet, got {value!r}")
+    if attention_backend is not None and cache_config is None:
+        set_attention_backend(pipe_or_adapter, attention_backend)
+        return pipe_or_adapter
     pipe, plans = _plans(pipe_or_adapter)
-    controllers = [Controller(plan, config, calibrator) for plan in plans]
+    common = Settings(DBCacheConfig() if cache_config is None else cache_config, calibrator_config)
+    common.check()
+    if params_modifiers is None:
+        params_modifiers = [plan.modifiers for plan in plans]
+    controllers = []
+    counts = [sum(len(group) for group in plan.sections) for plan in plans]
+    for plan, modifiers in zip(plans, modifiers_per_transformer(params_modifiers, counts), strict=True):
+        groups, settings = settings_per_section(common, modifiers, plan.sections)
+        for each in settings:
+            each.check()
+        controllers.append(Controller(plan._replace(sections=groups), settings))
+    if attention_backend is not None:
+        set_attention_backend([plan.transformer for plan in plans], attention_backend)
+    if common.config.cache_type is CacheType.NONE:
+        logger.info("cache_type is NONE: nothing is enabled on %s", type(pipe_or_adapter).__name__)
+        return pipe_or_adapter
     watched = None if pipe is None else PipelineWatch.of(pipe)
     if watched is not None:
         watched.release()
@@ -103,25 +143,81 @@ def refresh_context(
         ValueError: If the cache is not enabled there, or a value does not fit. Nothing is changed then.
         TypeError: For a name that is not a field.
     """
-    controllers = _controllers(transformer)
-    if not controllers:
-        raise ValueError(f"transformer: the cache is not enabled on this {type(transformer).__name__}")
+    controllers = _enabled("transformer", transformer)
     if cache_config is None and calibrator_config is None and not changes:
         for controller in controllers:
-            controller.begin_request(controller.config.num_inference_steps)
+            steps = controller.config.num_inference_steps
+            controller.begin_request(steps, ends=steps is not None)
         return
     updated = []
     for controller in controllers:
-        config = copy.deepcopy(controller.config)
-        given = {} if cache_config is None else {name: getattr(cache_config, name) for name in cache_config.as_dict()}
-        config.update(**given).update(**changes)
-        calibrator = copy.deepcopy(calibrator_config) or controller.calibrator_config
-        _check_configs(config, calibrator)
-        updated.append((controller, config, calibrator))
-    for controller, config, calibrator in updated:
-        controller.reconfigure(config, calibrator)
+        settings = [modified(each, cache_config, calibrator_config) for each in controller.settings]
+        for each in settings:
+            each.config.update(**changes)
+            each.check()
+        updated.append((controller, settings))
+    for controller, settings in updated:
+        controller.reconfigure(settings)
         if verbose:
-            logger.info("refreshed %s: %s", type(controller.transformer).__name__, config.strify())
+            tags = "; ".join(each.config.strify() for each in settings)
+            logger.info("refreshed %s: %s", type(controller.transformer).__name__, tags)
+
+
+@contextmanager
+def request(target: Any, key: Hashable, num_inference_steps: int | None = None) -> Iterator[None]:
+    """Run the forwards inside, of this thread, on the state of one request of its own.
+
+    A server that interleaves the steps of many requests on one model, from one thread or several, wraps each
+    forward (or each run of a pipeline). State is made when a key is first used, and kept until
+    :func:`drop_request` or a limit (:func:`limit_requests`) drops it.
+
+    Args:
+        target: The transformer (or pipeline, or adapter) that the cache is enabled on.
+        key: Names the request; anything hashable.
+        num_inference_steps: Denoising steps of the request, looked at when the key is new. A forward after the last
+            one begins anew. Default: as configured, or as the pipeline says.
+
+    Raises:
+        ValueError: If the cache is not enabled there.
+
+    Example:
+        >>> with cachedit.request(transformer, job.id, num_inference_steps=job.steps):
+        ...     noise = transformer(**job.inputs())
+    """
+    with ExitStack() as stack:
+        for controller in _enabled("target", target):
+            stack.enter_context(controller.use_request(key, num_inference_steps))
+        yield
+
+
+def drop_request(target: Any, key: Hashable) -> None:
+    """Drop the state of a request and its buffers; nothing happens where there is none.
+
+    Args:
+        target: The transformer (or pipeline, or adapter) that the cache is enabled on.
+        key: As given to :func:`request`.
+    """
+    for controller in _controllers(target):
+        controller.requests.drop(key)
+
+
+def limit_requests(target: Any, max_requests: int = 256, max_bytes: int | None = None) -> None:
+    """Limit how many requests keep state on a transformer, and how much; the least recently used give way.
+
+    Args:
+        target: The transformer (or pipeline, or adapter) that the cache is enabled on.
+        max_requests: More than so many: the least recently used is dropped, and would start over.
+        max_bytes: Buffers of all requests hold more than so many bytes: the least recently used ones are freed. Such
+            a request goes on where it was, with its next step computed. None: no limit.
+
+    Raises:
+        ValueError: If the cache is not enabled there, or a limit is below 1.
+    """
+    for name, value in (("max_requests", max_requests), ("max_bytes", max_bytes)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    for controller in _enabled("target", target):
+        controller.requests.limit(max_requests, max_bytes)
 
 
 def summary(adapter_or_others: Any, details: bool = False, logging: bool = True) -> list[CacheStats]:
@@ -139,16 +235,6 @@ def summary(adapter_or_others: Any, details: bool = False, logging: bool = True)
     if logging:
         print(format_table(stats, details) if stats else "the cache is not enabled here")
     return stats
-
-
-def _check_configs(config: Any, calibrator: Any) -> None:
-    if not isinstance(config, BasicCacheConfig):
-        raise TypeError(f"cache_config must be a DBCacheConfig, got {type(config).__name__}")
-    if calibrator is not None and not isinstance(calibrator, CalibratorConfig):
-        raise TypeError(f"calibrator_config must be a CalibratorConfig, got {type(calibrator).__name__}")
-    config.validate()
-    if calibrator is not None:
-        calibrator.validate()
 
 
 def _plans(target: Any) -> tuple[Any, list[TransformerPlan]]:
@@ -186,16 +272,24 @@ def _controllers(target: Any) -> list[Controller]:
     return [c for c in map(controller_of, modules) if c is not None]
 
 
+def _enabled(name: str, target: Any) -> list[Controller]:
+    controllers = _controllers(target)
+    if not controllers:
+        raise ValueError(f"{name}: the cache is not enabled on this {type(target).__name__}")
+    return controllers
+
+
 def _announce(controller: Controller, pipe: Any) -> None:
-    blocks = ", ".join(f"{section.name} ({section.total} blocks)" for section in controller.sections)
-    calibrator = controller.calibrator_config
-    logger.info(
-        "cache enabled on %s: %s; %s, %s",
-        type(controller.transformer).__name__,
-        blocks,
-        controller.config.strify(),
-        calibrator.strify(details=True) if calibrator else "plain reuse",
-    )
+    for section in controller.sections:
+        calibrator = section.calibrator_config
+        logger.info(
+            "cache enabled on %s.%s (%d blocks): %s, %s",
+            type(controller.transformer).__name__,
+            section.name,
+            section.total,
+            section.config.strify(),
+            calibrator.strify(details=True) if calibrator else "plain reuse",
+        )
     if pipe is None and controller.config.num_inference_steps is None:
         logger.info(
             "no pipeline tells when a request starts: call refresh_context before each one, or set num_inference_steps"

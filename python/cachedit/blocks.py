@@ -1,35 +1,23 @@
-"""Interception of block lists: what a transformer's loop over its blocks gets handed while a step is cached.
+"""Interception of block lists: a transformer's loop over its blocks gets handed *sites* in place of blocks.
 
-A ``ModuleList`` object is given a subclass as its class (:func:`intercept`), whose iteration hands out *sites* in place
-of blocks, but only inside a forward of a transformer that the cache is enabled on. Everything else - indexing,
+A ``ModuleList`` object is given a subclass as its class (:func:`intercept`), whose iteration hands out the sites of the
+running forward, but only inside a forward of a transformer that the cache is enabled on. Everything else - indexing,
 slicing, ``len``, child names, iteration outside of a forward - is the plain list.
-
-Sites of a section of N blocks, Fn = 2, Bn = 1, in a list of 6::
-
-    block     0      1      2      3      4      5
-    site      open   block  enter  skip   leave  block
-              head          body ............... tail
-
-``open`` notes the head's input, ``enter`` decides the step, ``skip`` passes its input on when the step is reused, and
-``leave`` stores the body's residual (computed) or returns the forecast (reused). What a site does is looked up when it
-is called, not when it is handed out, so a loop may collect the list beforehand, zip it or count it.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from itertools import repeat
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from .context import SectionState
-from .pattern import BlockSignature, describe_block
-from .policy import Decision
+from .config import BasicCacheConfig, CalibratorConfig
+from .pattern import BlockSignature
 
-__all__ = ["Link", "Section", "SectionRun", "current_run", "intercept", "release", "run_sections"]
+__all__ = ["Guard", "Link", "Run", "Section", "Site", "current_run", "intercept", "release", "run_sections"]
 
 _thread = threading.local()  # .run: the innermost cached forward of this thread
 
@@ -40,21 +28,37 @@ class Section:
     Args:
         name: Shown in statistics.
         total: Number of blocks.
-        Fn: Blocks at the start that are always computed.
-        Bn: Blocks at the end that are always computed.
+        config: Validated cache configuration.
+        calibrator_config: Validated calibrator configuration, or None.
+
+    Raises:
+        ValueError: If the configuration asks for more blocks than there are.
     """
 
-    def __init__(self, name: str, total: int, Fn: int, Bn: int):
+    def __init__(
+        self, name: str, total: int, config: BasicCacheConfig, calibrator_config: CalibratorConfig | None = None
+    ):
         self.name = name
         self.total = total
-        self.configure(Fn, Bn)
+        self.configure(config, calibrator_config)
         # Whether blocks write into their inputs; None until the first computed step has shown it.
         self.in_place: bool | None = None
 
-    def configure(self, Fn: int, Bn: int) -> None:
-        """Set how many blocks at the start and at the end are always computed."""
-        self.first = Fn  # block of the body
-        self.last = self.total - Bn - 1
+    def check(self, config: BasicCacheConfig) -> None:
+        """Raise a ValueError if ``config`` asks for more blocks than there are."""
+        computed = config.Fn_compute_blocks + config.Bn_compute_blocks
+        if computed > self.total:
+            raise ValueError(
+                f"Fn_compute_blocks + Bn_compute_blocks = {computed} ({config.Fn_compute_blocks} + "
+                f"{config.Bn_compute_blocks}) is more than the {self.total} blocks of {self.name}"
+            )
+
+    def configure(self, config: BasicCacheConfig, calibrator_config: CalibratorConfig | None) -> None:
+        """Take on another configuration."""
+        self.check(config)
+        self.config, self.calibrator_config = config, calibrator_config
+        self.first = config.Fn_compute_blocks  # block of the body
+        self.last = self.total - config.Bn_compute_blocks - 1
 
     @property
     def body(self) -> int:
@@ -79,91 +83,35 @@ class Link:
         self.signature = signature
 
 
-class SectionRun:
-    """One section during one forward: what its sites share."""
+class Run(Protocol):
+    """One section during one forward."""
 
-    __slots__ = (
-        "before",
-        "bypassed",
-        "decided",
-        "diff",
-        "head_encoder",
-        "inputs",
-        "keep",
-        "originals",
-        "outputs",
-        "reuse",
-        "section",
-        "state",
-        "streams",
-    )
+    bypassed: bool
+    """Whether the cache was left out because gradients are wanted."""
 
-    def __init__(self, section: Section, state: SectionState):
-        self.section = section
-        self.state = state
-        self.before: torch.Tensor | None = None
-        self.head_encoder: torch.Tensor | None = None
-        self.streams: tuple[torch.Tensor, torch.Tensor | None] | None = None  # the body's inputs, as they came
-        self.inputs: list[torch.Tensor] = []  # the same, safe from being written to
-        self.outputs: list[torch.Tensor] = []
-        self.originals: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.keep = False
-        self.decided = False
-        self.reuse = False
-        self.bypassed = False
-        self.diff: float | None = None
-
-    def open(self, hidden: torch.Tensor) -> None:
-        """The first head block is about to run on ``hidden``."""
-        self.before = self._guard(hidden)
-
-    def enter(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
-        """The body is about to run on these streams: decide."""
-        streams = [hidden] if encoder is None else [hidden, encoder]
-        if self.before is None:
-            return  # the loop does not follow the list's order: leave the step alone
-        if hidden.requires_grad or (encoder is not None and encoder.requires_grad):
-            self.bypassed = True
-            return
-        self.streams = (hidden, encoder)
-        self.decided = True
-        decision, self.diff = self.state.decide(self.before, streams)
-        self.before = None  # nothing is held longer than it is needed: tensors are large
-        if decision is Decision.REUSE:
-            self.outputs = self.state.forecast(streams, self.diff)
-            self.reuse = True
-        else:
-            self.inputs = [self._guard(tensor) for tensor in streams]
-            self.keep = True
-
-    def leave(self, block: nn.Module, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
-        """The body has returned these streams, its last block being ``block``: store its residual."""
-        if not self.keep:
-            return
-        outputs = [hidden] if encoder is None else [hidden, encoder]
-        if [tensor.shape for tensor in outputs] != [tensor.shape for tensor in self.inputs]:
-            raise TypeError(
-                f"forward_pattern: the body's streams (hidden_states, encoder_hidden_states) have shapes "
-                f"{_shapes(self.inputs)}, but {describe_block(block)} returned {_shapes(outputs)}; "
-                "is the order of its outputs another (Pattern_0 or Pattern_1, Pattern_4 or Pattern_5)?"
-            )
-        self._learn_in_place()
-        self.state.store(self.inputs, outputs, self.diff)
-        self.keep = False
-        self.inputs, self.streams = [], None
-
-    def finish(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Give out the forecast of a reused step."""
-        outputs = self.outputs
-        self.outputs, self.streams = [], None
-        return outputs[0], outputs[1] if len(outputs) == 2 else None
+    def sites(self, link: Link, blocks: list[nn.Module]) -> Iterator[Any]:
+        """Hand out what the loop over one list gets to call."""
+        ...
 
     def close(self) -> None:
-        """The forward has ended without an error: a step that was neither reused nor stored is still a step."""
-        if self.keep or not self.decided:
-            self.state.skip_storing(self.diff)
+        """The forward has ended without an error."""
+        ...
 
-    def _guard(self, tensor: torch.Tensor) -> torch.Tensor:
+
+class Guard:
+    """Keeps inputs of blocks safe from being written to; finds out at the first computed step whether they are.
+
+    Args:
+        section: Remembers what was found.
+    """
+
+    __slots__ = ("originals", "section")
+
+    def __init__(self, section: Section):
+        self.section = section
+        self.originals: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor that still holds these values when the blocks have run."""
         if self.section.in_place is False:
             return tensor
@@ -172,101 +120,25 @@ class SectionRun:
             self.originals.append((tensor, copy))
         return copy
 
-    def _learn_in_place(self) -> None:
-        if self.section.in_place is None:
-            self.section.in_place = not all(torch.equal(tensor, copy) for tensor, copy in self.originals)
-            self.originals = []
+    def compare(self) -> bool:
+        """The blocks have run: whether any of them wrote to what was guarded since the last comparison."""
+        wrote = not all(torch.equal(tensor, copy) for tensor, copy in self.originals)
+        self.originals = []
+        return wrote
 
 
-class _Site:
+class Site:
     """Stands in for a block while it is called in a loop; attributes are the block's."""
 
     __slots__ = ("block", "link", "run")
 
-    def __init__(self, block: nn.Module, run: SectionRun, link: Link):
+    def __init__(self, block: nn.Module, run: Any, link: Link):
         self.block = block
         self.run = run
         self.link = link
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.block, name)
-
-
-class _Open(_Site):
-    __slots__ = ()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.run.open(self.link.signature.hidden(args, kwargs))
-        return self.block(*args, **kwargs)
-
-
-class _HeadEnd(_Site):
-    """Last head block where the encoder stream is only returned, never taken (patterns 4 and 5)."""
-
-    __slots__ = ()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.run.before is None:
-            self.run.open(self.link.signature.hidden(args, kwargs))
-        output = self.block(*args, **kwargs)
-        _, self.run.head_encoder = self.link.signature.pattern.unpack(self.block, output)
-        return output
-
-
-class _Body(_Site):
-    __slots__ = ()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        run = self.run
-        if run.reuse and run.streams is not None:
-            return self.link.signature.pattern.pack(*run.streams)
-        return self.block(*args, **kwargs)
-
-
-class _Skip:
-    """A body block of a step that is known to be reused."""
-
-    __slots__ = ("block", "passed_on")
-
-    def __init__(self, block: nn.Module, passed_on: Any):
-        self.block = block
-        self.passed_on = passed_on
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.block, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.passed_on
-
-
-class _Edge(_Site):
-    """First and last block of the body (the same site where it has one block)."""
-
-    __slots__ = ("enters", "leaves")
-
-    def __init__(self, block: nn.Module, run: SectionRun, link: Link, enters: bool, leaves: bool):
-        super().__init__(block, run, link)
-        self.enters = enters
-        self.leaves = leaves
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        run, signature = self.run, self.link.signature
-        pattern = signature.pattern
-        if self.enters:
-            encoder = None if pattern.Return_H_Only else _encoder(signature, run, args, kwargs)
-            run.enter(signature.hidden(args, kwargs), encoder)
-        if run.reuse and run.streams is not None:
-            return pattern.pack(*(run.finish() if self.leaves else run.streams))
-        output = self.block(*args, **kwargs)
-        if self.leaves:
-            run.leave(self.block, *pattern.unpack(self.block, output))
-        return output
-
-
-def _encoder(
-    signature: BlockSignature, run: SectionRun, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> torch.Tensor | None:
-    return run.head_encoder if signature.pattern.Forward_H_only else signature.encoder(args, kwargs)
 
 
 class _InterceptedList(nn.ModuleList):
@@ -277,45 +149,13 @@ class _InterceptedList(nn.ModuleList):
         link = None if forward is None else vars(self)["_cachedit_links"].get(forward.controller)
         if forward is None or link is None:
             return super().__iter__()
-        return _sites(forward.sections[link.index], link, list(self._modules.values()))
+        run: Run = forward.sections[link.index]
+        return run.sites(link, list(self._modules.values()))
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):  # a slice is a plain list of the same blocks
             return vars(type(self))["_cachedit_class"](list(self._modules.values())[index])
         return super().__getitem__(index)
-
-
-def _sites(run: SectionRun, link: Link, blocks: list[nn.Module]) -> Iterator[Any]:
-    # First and last block of the body, numbered within this list; outside of it where they stand in another one.
-    first, last, count = run.section.first - link.offset, run.section.last - link.offset, len(blocks)
-    if first > last:  # empty body
-        yield from blocks
-        return
-    pattern = link.signature.pattern
-    for i in range(min(first, count)):
-        if i == first - 1 and pattern.Forward_H_only and not pattern.Return_H_Only:
-            yield _HeadEnd(blocks[i], run, link)
-        elif i + link.offset == 0:
-            yield _Open(blocks[i], run, link)
-        else:
-            yield blocks[i]
-    if 0 <= first < count:
-        yield _Edge(blocks[first], run, link, True, first == last)
-    inside = blocks[max(first + 1, 0) : max(last, 0)]
-    if not run.decided:
-        for block in inside:
-            yield _Body(block, run, link)
-    elif run.reuse and run.streams is not None:
-        yield from map(_Skip, inside, repeat(pattern.pack(*run.streams)))
-    else:
-        yield from inside  # the step is computed: the blocks themselves, nothing in between
-    if first < last and 0 <= last < count:
-        yield _Edge(blocks[last], run, link, False, True)
-    yield from blocks[max(last + 1, 0) :]
-
-
-def _shapes(tensors: list[torch.Tensor]) -> str:
-    return ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
 
 
 def intercept(blocks: nn.ModuleList, controller: Any, link: Link) -> None:
@@ -347,14 +187,15 @@ class run_sections:
 
     Args:
         controller: The transformer's controller.
-        sections: One :class:`SectionRun` per section.
+        sections: One run per section.
     """
 
-    __slots__ = ("controller", "outer", "sections")
+    __slots__ = ("controller", "outer", "sections", "signal")
 
-    def __init__(self, controller: Any, sections: list[SectionRun]):
+    def __init__(self, controller: Any, sections: Sequence[Run]):
         self.controller = controller
         self.sections = sections
+        self.signal: torch.Tensor | None = None  # output of the tapped module, once it has run
 
     def __enter__(self) -> run_sections:
         self.outer = current_run()

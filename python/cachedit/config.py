@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from .mask import MASK_POLICIES, check_mask, steps_mask
+
+if TYPE_CHECKING:
+    from .policy import Policy, StepPolicy
 
 __all__ = [
     "BasicCacheConfig",
     "CacheType",
     "CalibratorConfig",
     "DBCacheConfig",
+    "DBPruneConfig",
     "DMDCalibratorConfig",
     "FoCaCalibratorConfig",
     "HermiteCalibratorConfig",
+    "PolicyConfig",
     "TaylorSeerCalibratorConfig",
 ]
 
@@ -29,6 +34,7 @@ class CacheType(Enum):
 
     NONE = "NONE"
     DBCache = "DBCache"
+    DBPrune = "DBPrune"
 
     def __str__(self) -> str:
         return self.value
@@ -95,6 +101,9 @@ class BasicCacheConfig(_Config):
         force_refresh_step_policy: ``"once"`` per request, or ``"repeat"`` at each multiple of the hint.
     """
 
+    measures_signal: ClassVar[bool] = False
+    """Whether steps are measured by a tapped module's output (the model table says which), not by the head."""
+
     cache_type: CacheType = CacheType.DBCache
     Fn_compute_blocks: int = 8
     Bn_compute_blocks: int = 0
@@ -147,6 +156,12 @@ class BasicCacheConfig(_Config):
         _check_choice("steps_computation_mask", mask, MASK_POLICIES)
         return None if total_steps is None else steps_mask(total_steps=total_steps, mask_policy=mask)
 
+    def make_policy(self, total_steps: int | None) -> Policy:
+        """Return the policy of one request, branch and section."""
+        from .policy import Policy
+
+        return Policy(self, total_steps)
+
     def strify(self) -> str:
         """Return a short tag of the settings, for logs and file names."""
         tag = (
@@ -168,6 +183,72 @@ class BasicCacheConfig(_Config):
 @dataclasses.dataclass
 class DBCacheConfig(BasicCacheConfig):
     """Dual Block Cache: see :class:`BasicCacheConfig` for the fields."""
+
+
+@dataclasses.dataclass
+class DBPruneConfig(BasicCacheConfig):
+    """Dynamic block pruning: each block decides for itself, by how far its input moved since it was last computed.
+
+    A pruned block adds its stored residual in place of being computed. The first Fn and the last Bn blocks are always
+    computed; warm-up, masks and the limits on cached steps, which count steps with a pruned block, hold for all blocks
+    of a step. See :class:`BasicCacheConfig` for the other fields.
+
+    Args:
+        enable_dynamic_prune_threshold: Follow the step: the mean of its first five positive differences times
+            ``dynamic_prune_threshold_relax_ratio`` is the threshold where it is above ``residual_diff_threshold`` and
+            below ``max_dynamic_prune_threshold``.
+        max_dynamic_prune_threshold: See there. Default: twice ``residual_diff_threshold``.
+        dynamic_prune_threshold_relax_ratio: See there.
+        non_prune_block_ids: Further blocks that are always computed, numbered from 0 through all lists of a section.
+        force_reduce_calibrator_vram: With a calibrator, keep and compare every fourth token of the blocks' inputs only.
+    """
+
+    cache_type: CacheType = CacheType.DBPrune
+    enable_dynamic_prune_threshold: bool = False
+    max_dynamic_prune_threshold: float | None = None
+    dynamic_prune_threshold_relax_ratio: float = 1.25
+    non_prune_block_ids: list[int] = dataclasses.field(default_factory=list)
+    force_reduce_calibrator_vram: bool = False
+
+    def validate(self) -> None:
+        """Check types and ranges of every field."""
+        super().validate()
+        if self.max_dynamic_prune_threshold is not None:
+            _check_real("max_dynamic_prune_threshold", self.max_dynamic_prune_threshold)
+        _check_real("dynamic_prune_threshold_relax_ratio", self.dynamic_prune_threshold_relax_ratio)
+        if not isinstance(self.non_prune_block_ids, Sequence) or isinstance(self.non_prune_block_ids, str):
+            raise TypeError(f"non_prune_block_ids must be a list of block numbers, got {self.non_prune_block_ids!r}")
+        for position, block in enumerate(self.non_prune_block_ids):
+            _check_int(f"non_prune_block_ids[{position}]", block, 0)
+
+    def prunable_blocks(self, total: int) -> frozenset[int]:
+        """Numbers of the blocks, of ``total``, that may be pruned."""
+        inner = range(self.Fn_compute_blocks, total - self.Bn_compute_blocks)
+        return frozenset(inner) - frozenset(self.non_prune_block_ids)
+
+
+@dataclasses.dataclass
+class PolicyConfig(BasicCacheConfig):
+    """DBCache with a policy of one's own in place of warm-up, mask, limits and threshold; these have no effect.
+
+    Args:
+        policy: A class (or function) without arguments that makes a :class:`cachedit.StepPolicy`. It is called once
+            per request, guidance branch and section.
+    """
+
+    policy: Callable[[], StepPolicy] | None = None
+
+    def validate(self) -> None:
+        """Check types and ranges of every field."""
+        super().validate()
+        if not callable(self.policy):
+            raise TypeError(f"policy must be a class or function that makes a StepPolicy, got {self.policy!r}")
+
+    def make_policy(self, total_steps: int | None) -> Policy:
+        """Return the policy of one request, branch and section."""
+        from .policy import UserPolicy
+
+        return UserPolicy(self, total_steps)
 
 
 @dataclasses.dataclass

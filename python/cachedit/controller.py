@@ -1,4 +1,4 @@
-"""One cached transformer: its sections, the branches of the running request, and how the cache is put on and off."""
+"""One cached transformer: its sections, its requests, and how the cache is put on and off."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import functools
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from types import MethodType
 from typing import Any
 
@@ -15,59 +15,18 @@ import torch
 from torch import nn
 
 from .adapter import TransformerPlan
-from .blocks import Link, Section, SectionRun, intercept, release, run_sections
-from .config import BasicCacheConfig, CalibratorConfig
-from .context import SectionState
+from .blocks import Link, Section, intercept, release, run_sections
+from .config import BasicCacheConfig
+from .modifier import Settings
 from .pattern import BlockSignature
+from .request import DEFAULT, Branch, Request, Requests
 
-__all__ = ["Branch", "Controller", "controller_of"]
+__all__ = ["Controller", "controller_of"]
 
 logger = logging.getLogger(__name__)
 
 _ATTRIBUTE = "_cachedit_controller"
-_thread = threading.local()  # .names: branch names from cache_context, by controller
-
-
-class Branch:
-    """One guidance branch of the running request: one state per section.
-
-    Args:
-        name: As the pipeline calls it (``cache_context(name)``), or "cond", "uncond" or "default".
-        sections: The transformer's sections.
-        config: Cache configuration.
-        calibrator_config: Calibrator configuration, or None.
-        total_steps: Steps of the request, if known.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        sections: list[Section],
-        config: BasicCacheConfig,
-        calibrator_config: CalibratorConfig | None,
-        total_steps: int | None,
-    ):
-        self.name = name
-        self.states = [SectionState(config, calibrator_config) for _ in sections]
-        self.begin(total_steps)
-
-    @property
-    def step(self) -> int:
-        """Steps of this request that are done."""
-        return self.states[0].policy.step
-
-    def begin(self, total_steps: int | None) -> None:
-        """Start a request."""
-        for state in self.states:
-            state.begin(total_steps)
-
-    def rewind(self, step: int) -> None:
-        """Go back to the start of a step that failed, with nothing stored."""
-        for state in self.states:
-            policy = state.policy
-            policy.step = step
-            policy.records = [record for record in policy.records if record.step < step]
-            state.forget()
+_thread = threading.local()  # .names: branch names from cache_context, .keys: of requests; both by controller
 
 
 class CachedForward:
@@ -99,107 +58,108 @@ class Controller:
 
     Args:
         plan: The transformer and its block lists.
-        config: Cache configuration; validated and copied by the caller.
-        calibrator_config: Calibrator configuration, or None.
+        settings: Configurations per section of the plan, validated and copied by the caller. What concerns the
+            transformer as a whole (guidance branches, step count) is taken from the first.
 
     Raises:
         ValueError: If the configuration or a pattern does not fit the blocks. Nothing is changed then.
     """
 
-    def __init__(self, plan: TransformerPlan, config: BasicCacheConfig, calibrator_config: CalibratorConfig | None):
+    def __init__(self, plan: TransformerPlan, settings: Sequence[Settings]):
         self.transformer = plan.transformer
-        self.config = config
-        self.calibrator_config = calibrator_config
         self.has_separate_cfg = plan.has_separate_cfg
         self.sections: list[Section] = []
         self.lists: list[tuple[nn.ModuleList, Link]] = []
-        for index, group in enumerate(plan.sections):
+        for index, (group, chosen) in enumerate(zip(plan.sections, settings, strict=True)):
             name = "+".join(item.name for item in group)
-            total = sum(len(item.blocks) for item in group)
-            section = Section(name, total, config.Fn_compute_blocks, config.Bn_compute_blocks)
-            _check_fits(section, config)
+            section = Section(name, sum(len(item.blocks) for item in group), *chosen)
             offset = 0
             for item in group:
                 signature = BlockSignature(item.blocks[0], item.pattern, check=plan.check_forward_pattern)
                 self.lists.append((item.blocks, Link(index, section, offset, signature)))
                 offset += len(item.blocks)
             self.sections.append(section)
-        self.branches: dict[str, Branch] = {}
-        self.total_steps = config.num_inference_steps
-        self.calls = 0  # forwards in this request, over all branches
+        self.requests = Requests()
         self.warned_about_grad = self.warned_about_idling = False
         self.attached = False
 
+    @property
+    def config(self) -> BasicCacheConfig:
+        """Configuration of the first section."""
+        return self.sections[0].config
+
+    @property
+    def settings(self) -> list[Settings]:
+        """Configurations per section."""
+        return [Settings(section.config, section.calibrator_config) for section in self.sections]
+
     # Requests and branches
 
-    def begin_request(self, total_steps: int | None = None) -> None:
+    @property
+    def request(self) -> Request:
+        """The request that this thread works on."""
+        key = getattr(_thread, "keys", {}).get(id(self), DEFAULT)
+        steps = self.config.num_inference_steps
+        return self.requests.get(key, steps, steps is not None)
+
+    @property
+    def branches(self) -> dict[str, Branch]:
+        """Branches of this thread's request, or of the one that ran last."""
+        branches = self.request.branches
+        latest = self.requests.latest
+        return branches if branches or latest is None else latest.branches
+
+    def begin_request(self, total_steps: int | None = None, ends: bool = False) -> None:
         """Start a request: nothing of the one before is reused; buffers stay.
 
         Args:
             total_steps: Denoising steps of the request, where known.
+            ends: Whether a forward after the last of these steps begins the next request.
 
         Raises:
             ValueError: If the configuration's mask has another length.
         """
-        self.config.resolve_mask(total_steps)
-        self.total_steps = total_steps
-        self.calls = 0
-        for branch in self.branches.values():
-            branch.begin(total_steps)
+        for section in self.sections:
+            section.config.resolve_mask(total_steps)
+        self.request.begin(total_steps, ends)
 
-    def reconfigure(self, config: BasicCacheConfig, calibrator_config: CalibratorConfig | None) -> None:
-        """Take on another configuration and start afresh."""
-        for section in self.sections:
-            _check_fits(section, config)
-        config.resolve_mask(config.num_inference_steps)
-        self.config, self.calibrator_config = config, calibrator_config
-        for section in self.sections:
-            section.configure(config.Fn_compute_blocks, config.Bn_compute_blocks)
-        self.branches.clear()
+    def reconfigure(self, settings: Sequence[Settings]) -> None:
+        """Take on other configurations, one per section, and start afresh."""
+        steps = settings[0].config.num_inference_steps
+        for section, (config, _) in zip(self.sections, settings, strict=True):
+            section.check(config)
+            config.resolve_mask(steps)
+        for section, chosen in zip(self.sections, settings, strict=True):
+            section.configure(*chosen)
+        self.requests.clear()
         self.warned_about_idling = False
-        self.begin_request(config.num_inference_steps)
 
-    def _branch(self) -> Branch:
-        """The branch that this call belongs to; starts a new request where the last one has had all its steps."""
-        name = getattr(_thread, "names", {}).get(id(self))
-        if name is None:
-            name = self._name_by_call_order()
-        branch = self.branches.get(name)
-        if (
-            branch is not None
-            and self.config.num_inference_steps is not None
-            and branch.step >= self.config.num_inference_steps
-        ):
-            self.begin_request(self.config.num_inference_steps)
-        if branch is None:
-            branch = Branch(name, self.sections, self.config, self.calibrator_config, self.total_steps)
-            self.branches[name] = branch
-        return branch
+    @contextmanager
+    def use_request(self, key: Hashable, total_steps: int | None) -> Iterator[None]:
+        """Run the forwards inside, of this thread, on the request ``key``."""
+        keys = _thread.__dict__.setdefault("keys", {})
+        with _entry(keys, id(self), key):
+            steps = self.config.num_inference_steps if total_steps is None else total_steps
+            self.requests.get(key, steps, steps is not None)
+            yield
 
-    def _name_by_call_order(self) -> str:
+    def branch_name(self, request: Request) -> str:
+        """The guidance branch that the next forward belongs to: as the pipeline says, else by the order of calls."""
+        name: str | None = getattr(_thread, "names", {}).get(id(self))
+        if name is not None:
+            return name
         separate = self.config.enable_separate_cfg
         if not (self.has_separate_cfg if separate is None else separate):
             return "default"
-        return "uncond" if (self.calls % 2 == 0) == self.config.cfg_compute_first else "cond"
+        return "uncond" if (request.calls % 2 == 0) == self.config.cfg_compute_first else "cond"
 
     @contextmanager
     def cache_context(self, name: str) -> Iterator[None]:
         """Run the forwards inside on the branch ``name``; diffusers pipelines call it around each guidance branch."""
         names = _thread.__dict__.setdefault("names", {})
-        outer = names.get(id(self))
-        names[id(self)] = name
-        try:
-            original = getattr(type(self.transformer), "cache_context", None)
-            if original is None:
-                yield
-            else:
-                with original(self.transformer, name):
-                    yield
-        finally:
-            if outer is None:
-                del names[id(self)]
-            else:
-                names[id(self)] = outer
+        original = getattr(type(self.transformer), "cache_context", None)
+        with _entry(names, id(self), name), nullcontext() if original is None else original(self.transformer, name):
+            yield
 
     # One forward
 
@@ -207,21 +167,27 @@ class Controller:
         """Run the transformer's own forward with its block lists handing out sites."""
         if not self.attached or self._wants_gradients():
             return original(*args, **kwargs)
-        branch = self._branch()
-        step = branch.step
-        runs = [SectionRun(section, state) for section, state in zip(self.sections, branch.states, strict=True)]
+        request = self.request
+        outer = request.enter()
         try:
-            with run_sections(self, runs):
-                output = original(*args, **kwargs)
-            for run in runs:
-                run.close()
-                if run.bypassed:
-                    self._warn_about_gradients("the blocks' inputs")
-        except BaseException:
-            branch.rewind(step)
-            raise
-        self.calls += 1
-        if branch.step == self.total_steps and not self.warned_about_idling:
+            branch = request.branch(self.branch_name(request), self.sections)
+            step = branch.step
+            runs = branch.runs()
+            try:
+                with run_sections(self, runs):
+                    output = original(*args, **kwargs)
+                for run in runs:
+                    run.close()
+                    if run.bypassed:
+                        self._warn_about_gradients("the blocks' inputs")
+            except BaseException:
+                branch.rewind(step)
+                raise
+            request.calls += 1
+        finally:
+            request.leave(outer)
+        self.requests.limit_bytes(request)
+        if branch.step == request.total_steps and not self.warned_about_idling:
             self._warn_if_idle(branch)
         return output
 
@@ -262,7 +228,7 @@ class Controller:
                 len(records),
                 ", ".join(f"{reason or 'not cached'} {count}x" for reason, count in reasons.items()),
                 f"{min(diffs):.4f}" if diffs else "never measured",
-                self.config.residual_diff_threshold,
+                section.config.residual_diff_threshold,
             )
 
     # On and off
@@ -299,7 +265,7 @@ class Controller:
         if getattr(vars(module).get("cache_context"), "__self__", None) is self:
             vars(module).pop("cache_context")
         vars(module).pop(_ATTRIBUTE, None)
-        self.branches.clear()
+        self.requests.clear()
 
 
 def controller_of(module: Any) -> Controller | None:
@@ -308,13 +274,19 @@ def controller_of(module: Any) -> Controller | None:
     return getattr(module, "__dict__", {}).get(_ATTRIBUTE)
 
 
-def _check_fits(section: Section, config: BasicCacheConfig) -> None:
-    computed = config.Fn_compute_blocks + config.Bn_compute_blocks
-    if computed > section.total:
-        raise ValueError(
-            f"Fn_compute_blocks + Bn_compute_blocks = {computed} ({config.Fn_compute_blocks} + "
-            f"{config.Bn_compute_blocks}) is more than the {section.total} blocks of {section.name}"
-        )
+@contextmanager
+def _entry(table: dict[int, Any], key: int, value: Any) -> Iterator[None]:
+    """Inside, ``table[key]`` is ``value``."""
+    missing = object()
+    outer = table.get(key, missing)
+    table[key] = value
+    try:
+        yield
+    finally:
+        if outer is missing:
+            del table[key]
+        else:
+            table[key] = outer
 
 
 def _put(holder: Any, name: str, value: Any) -> None:

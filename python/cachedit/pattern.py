@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["BlockSignature", "ForwardPattern", "check_outputs", "fits"]
+__all__ = ["BlockSignature", "ForwardPattern", "check_outputs", "check_shapes", "fits"]
 
 H, E = "hidden_states", "encoder_hidden_states"
 
@@ -132,6 +132,16 @@ def fits(block: nn.Module, pattern: ForwardPattern, outputs: bool) -> bool:
     return set(pattern.In) <= set(_streams_of(block)) and annotated in (None, len(pattern.Out))
 
 
+def check_shapes(block: nn.Module, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
+    """Raise a TypeError if the streams that ``block`` returned are laid out otherwise than those before."""
+    if [tensor.shape for tensor in outputs] != [tensor.shape for tensor in inputs]:
+        raise TypeError(
+            f"forward_pattern: the streams (hidden_states, encoder_hidden_states) have shapes {_shapes(inputs)}, "
+            f"but {describe_block(block)} returned {_shapes(outputs)}; "
+            "is the order of its outputs another (Pattern_0 or Pattern_1, Pattern_4 or Pattern_5)?"
+        )
+
+
 def describe_block(block: nn.Module) -> str:
     """``ClassName.forward(signature)``, for messages."""
     try:
@@ -208,3 +218,7 @@ def _describe_output(output: Any) -> str:
     if isinstance(output, (tuple, list)):
         return f"a {type(output).__name__} of {len(output)} ({', '.join(type(item).__name__ for item in output)})"
     return f"{type(output).__name__}"
+
+
+def _shapes(tensors: list[torch.Tensor]) -> str:
+    return ", ".join(str(tuple(tensor.shape)) for tensor in tensors)

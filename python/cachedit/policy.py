@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from enum import Enum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from .config import BasicCacheConfig
+from .config import BasicCacheConfig, PolicyConfig
 
-__all__ = ["Decision", "Policy", "StepRecord"]
+__all__ = ["Decision", "Policy", "StepPolicy", "StepRecord", "StepView", "UserPolicy"]
 
 
 class Decision(Enum):
@@ -26,6 +26,8 @@ class StepRecord(NamedTuple):
     reused: bool
     diff: float | None
     reason: str
+    pruned: int = 0
+    blocks: int = 0
 
 
 class Policy:
@@ -112,24 +114,34 @@ class Policy:
             return self._compute("threshold")
         return Decision.MEASURE
 
-    def decide(self, diff: float) -> Decision:
-        """Decide with the measured difference; NaN and infinity compute, and are counted."""
+    def decide(self, diff: float | None) -> Decision:
+        """Decide with the measured difference; NaN and infinity compute, and are counted.
+
+        Args:
+            diff: None where the branch whose difference serves here has measured none.
+        """
+        if diff is None:
+            return self._compute("not measured")
         if not math.isfinite(diff):
             self.nonfinite += 1
             return self._compute("non-finite diff")
         self.reason = "diff"
         return Decision.REUSE if diff < self.config.residual_diff_threshold else Decision.COMPUTE
 
-    def record(self, decision: Decision, diff: float | None, stored: bool = True) -> None:
+    def record(
+        self, decision: Decision, diff: float | None, stored: bool = True, pruned: int = 0, blocks: int = 0
+    ) -> None:
         """Take note that the step was carried out, and move to the next.
 
         Args:
             decision: COMPUTE or REUSE.
             diff: The measured difference, if it was measured.
             stored: Whether a computed step left its residual behind.
+            pruned: Blocks that were pruned, where they decide one by one.
+            blocks: Of so many.
         """
         reused = decision is Decision.REUSE
-        self.records.append(StepRecord(self.step, reused, diff, self.reason))
+        self.records.append(StepRecord(self.step, reused, diff, self.reason, pruned, blocks))
         self.step += 1
         if reused:
             self.reused += 1
@@ -143,3 +155,73 @@ class Policy:
     def _compute(self, reason: str) -> Decision:
         self.reason = reason
         return Decision.COMPUTE
+
+
+class StepView(NamedTuple):
+    """What a :class:`StepPolicy` gets to see of a step."""
+
+    step: int
+    """Number of the step within the request, from 0."""
+    total_steps: int | None
+    """Steps of the request, if known."""
+    diff: float | None
+    """Relative L1 difference of the first blocks' residual to the last computed step; None until it is measured."""
+    reused: int
+    """Steps reused so far."""
+    run: int
+    """Steps reused in a row, up to the one before."""
+
+
+class StepPolicy(Protocol):
+    """A policy of one's own: ``PolicyConfig(policy=MyPolicy)``.
+
+    One object is made per request, guidance branch and section. It is asked once something is stored; the first step
+    is always computed.
+    """
+
+    def decide(self, step: StepView) -> Decision:
+        """Return ``Decision.COMPUTE``, ``Decision.REUSE``, or ``Decision.MEASURE`` to be asked again with ``diff``.
+
+        Measuring takes one operator call and waits for the device; a difference that is not finite computes.
+        """
+        ...
+
+
+class UserPolicy(Policy):
+    """Asks the user's policy in place of warm-up, mask and limits."""
+
+    def __init__(self, config: PolicyConfig, total_steps: int | None = None):
+        super().__init__(config, total_steps)
+        self.total_steps = total_steps
+        assert config.policy is not None
+        self.user: StepPolicy = config.policy()
+
+    @property
+    def measures(self) -> bool:
+        return True
+
+    @property
+    def never_reuses(self) -> bool:
+        return False
+
+    def plan(self) -> Decision:
+        if not self.stored:
+            return self._compute("nothing stored")
+        return self._ask(None)
+
+    def decide(self, diff: float | None) -> Decision:
+        if diff is None or not math.isfinite(diff):
+            return super().decide(diff)
+        decision = self._ask(diff)
+        if decision is Decision.MEASURE:
+            raise TypeError(
+                f"policy: {type(self.user).__name__}.decide asked to measure a step whose diff it was given ({diff})"
+            )
+        return decision
+
+    def _ask(self, diff: float | None) -> Decision:
+        self.reason = type(self.user).__name__
+        decision = self.user.decide(StepView(self.step, self.total_steps, diff, self.reused, self.run))
+        if not isinstance(decision, Decision):
+            raise TypeError(f"policy: {self.reason}.decide must return a cachedit.Decision, got {decision!r}")
+        return decision

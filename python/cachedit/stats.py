@@ -8,8 +8,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from .controller import Branch, Controller
+from .controller import Controller
 from .policy import StepRecord
+from .request import Branch
 
 __all__ = ["CacheStats", "collect", "format_table"]
 
@@ -44,10 +45,9 @@ class CacheStats:
 
 def collect(controller: Controller) -> list[CacheStats]:
     """Return the statistics of a cached transformer, one entry per section."""
-    config, calibrator = controller.config, controller.calibrator_config
-    options = copy.deepcopy({"cache_config": config, "calibrator_config": calibrator})
     result = []
     for index, section in enumerate(controller.sections):
+        options = copy.deepcopy({"cache_config": section.config, "calibrator_config": section.calibrator_config})
         stats = CacheStats(type(controller.transformer).__name__, section.name, options)
         reused = total = 0
         main, uncond = _main_branch(controller), controller.branches.get("uncond")

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import cachedit
-from cachedit import BlockAdapter, DBCacheConfig, ForwardPattern, PatchFunctor
+from cachedit import BlockAdapter, DBCacheConfig, ForwardPattern, ParamsModifier, PatchFunctor
 from toys import DualBlock, make_toy, run_toy, tiny_flux
 
 P = ForwardPattern
@@ -104,7 +104,8 @@ def test_annotations_count_only_where_asked():
 def test_a_list_of_one_transformer_is_that_transformer():
     model = make_toy()
     model.more = make_toy(seed=1).blocks
-    lists, patterns, modifiers = [model.blocks, model.more], [P.Pattern_0, P.Pattern_1], ["first", "second"]
+    lists, patterns = [model.blocks, model.more], [P.Pattern_0, P.Pattern_1]
+    modifiers = [ParamsModifier(max_warmup_steps=1), None]
     for transformer in (model, [model]):
         for nested in (False, True):
             wrap = (lambda value: [value]) if nested else (lambda value: value)
@@ -118,17 +119,15 @@ def test_modifiers_are_laid_out_like_the_lists():
     models = [make_toy(), make_toy(seed=1)]
     models[0].more = make_toy(seed=2).blocks
     given = {"blocks_name": [["blocks", "more"], "blocks"], "forward_pattern": P.Pattern_0}
-
-    def laid_out(modifiers):
+    m, n = ParamsModifier(max_warmup_steps=1), ParamsModifier(max_warmup_steps=2)
+    for modifiers, expected in [
+        (None, [[None, None], [None]]),
+        (m, [[m, m], [m]]),
+        ([m, n], [[m, m], [n]]),
+        ([[m, None], n], [[m, None], [n]]),
+    ]:
         plans = BlockAdapter(transformer=models, params_modifiers=modifiers, **given).plans()
-        return [plan.modifiers for plan in plans]
-
-    assert laid_out(None) == [[None, None], [None]]
-    assert laid_out("all") == [["all", "all"], ["all"]]
-    assert laid_out(["a", "b"]) == [["a", "a"], ["b"]]
-    assert laid_out([["a", None], "b"]) == laid_out([("a", None), ["b"]]) == [["a", None], ["b"]]
-    with pytest.raises(ValueError, match=r"params_modifiers: expected one entry per transformer \(2\), got list of 3"):
-        laid_out(["a", "b", "c"])
+        assert [plan.modifiers for plan in plans] == expected
 
 
 def test_the_table_groups_lists_where_their_patterns_allow_it():
@@ -177,7 +176,7 @@ GOOD = {"transformer": MODEL, "blocks": MODEL.blocks, "forward_pattern": P.Patte
         ({"transformer": [MODEL] * 2, "blocks": [MODEL.blocks] * 3}, ValueError,
          r"blocks: expected one entry per transformer \(2\), got list of 3"),
         ({"transformer": [MODEL, 3], "blocks": None, "blocks_name": "blocks"}, TypeError, r"transformer\[1\] must be"),
-        ({"params_modifiers": [None] * 2}, ValueError, r"params_modifiers: expected one for all, .* \(1\), got 2"),
+        ({"params_modifiers": [None] * 2}, ValueError, r"params_modifiers: expected one, .* \(1\), got 2"),
         ({"patch_functor": PatchFunctor}, TypeError, "patch_functor must be a PatchFunctor, got type"),
         ({"check_num_outputs": True, "blocks": MODEL.annotated}, ValueError,
          "Pattern_0 returns .*, but Annotated.forward.* is annotated otherwise; patterns that match: Pattern_2$"),

@@ -47,6 +47,18 @@ def test_while_the_cache_is_enabled(monkeypatch):
     assert [backend.value for backend in used] == ["_native_math"] * 7  # 6 blocks, then the head of a reused step
 
 
+def test_as_an_argument_of_enable_cache():
+    pipe, default = tiny_flux_pipeline(), default_backend()
+    cachedit.enable_cache(pipe, attention_backend="_native_math")
+    assert backends(pipe.transformer) == {"AttentionBackendName._NATIVE_MATH"} and default_backend() is default
+    assert cachedit.summary(pipe, logging=False) == []  # without a cache_config it is all that is done
+    model = make_toy()
+    adapter = BlockAdapter(transformer=model, blocks=model.blocks, forward_pattern=ForwardPattern.Pattern_0)
+    with pytest.raises(TypeError, match="attention_backend: Toy has no"):
+        cachedit.enable_cache(adapter, DBCacheConfig(Fn_compute_blocks=1), attention_backend="native")
+    assert type(model.blocks) is nn.ModuleList
+
+
 def test_both_transformers_of_a_pipeline():
     pipe = tiny_flux_pipeline()
     pipe.transformer_2 = tiny_flux()

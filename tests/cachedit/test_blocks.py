@@ -79,7 +79,7 @@ def test_blocks_that_work_in_place_are_noticed_on_the_first_step(inference_mode)
         model(**toy_inputs(0, STEPS))
     controller = model._cachedit_controller
     assert controller.sections[0].in_place is True
-    assert controller.branches["default"].states[0].steps == [0]  # and that step is not lost
+    assert controller.branches["default"].states[0].residuals.steps == [0]  # and that step is not lost
 
     model = make_toy()
     enable(model)

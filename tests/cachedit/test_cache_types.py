@@ -8,6 +8,7 @@ from cachedit import CacheType, block_range, cache_type
     [
         (None, "NONE"), ("none", "NONE"), ("no_cache", "NONE"), ("NoCache", "NONE"), ("NC", "NONE"),
         ("DBCache", "DBCache"), ("dual_block_cache", "DBCache"), ("db_cache", "DBCache"), ("db", "DBCache"),
+        ("DBPrune", "DBPrune"), ("dynamic_block_prune", "DBPrune"), ("db_prune", "DBPrune"), ("dbp", "DBPrune"),
     ],
 )  # fmt: skip
 def test_names_stand_for_types(name, member):

@@ -5,6 +5,7 @@ import torch
 
 from cachedit import CalibratorConfig, DBCacheConfig, TaylorSeerCalibratorConfig
 from cachedit.context import SectionState
+from cachedit.metric import Measured
 from cachedit.policy import Decision
 
 SHAPES = [(2, 5, 8), (2, 3, 8)]
@@ -17,7 +18,7 @@ def streams(step):
 
 def compute(state, step, diff=None):
     inputs = streams(step)
-    decision, diff = state.decide(inputs[0] - 1, inputs)
+    decision, diff = state.decide(Measured(inputs[0] - 1, inputs[0]), inputs)
     assert decision is Decision.COMPUTE
     state.store(inputs, [x * 2 + step for x in inputs], diff)
     return inputs
@@ -30,8 +31,8 @@ def config(**kwargs):
 def test_ring_holds_the_last_residuals_and_wraps():
     state = SectionState(config(residual_diff_threshold=0.0), TaylorSeerCalibratorConfig(taylorseer_order=2))
     residuals = [[x + step for x in compute(state, step)] for step in range(5)]
-    assert state.steps == [4, 3, 2]
-    for stream, ring in enumerate(state.rings):
+    assert state.residuals.steps == [4, 3, 2]
+    for stream, ring in enumerate(state.residuals.rings):
         assert ring.shape == (3, *SHAPES[stream])
         for slot, step in enumerate([3, 4, 2]):  # step 3 took slot 0 again
             torch.testing.assert_close(ring[slot], residuals[step][stream])
@@ -43,7 +44,7 @@ def test_forecast_is_the_weighted_sum():
     state.policy.stored = False  # compute again
     inputs.append(compute(state, 1))
     hidden = streams(9)
-    decision, diff = state.decide(hidden[0] - 1.0, hidden)
+    decision, diff = state.decide(Measured(hidden[0] - 1.0, hidden[0]), hidden)
     assert decision is Decision.REUSE and math.isfinite(diff)
     for out, h, old, new in zip(state.forecast(hidden, diff), hidden, *inputs, strict=True):
         torch.testing.assert_close(out, h + 2 * (new + 1) - (old + 0))
@@ -53,23 +54,23 @@ def test_difference_is_relative_to_the_anchor():
     state = SectionState(config(), None)
     compute(state, 0)  # head residual: 1 everywhere
     hidden = streams(1)
-    _, diff = state.decide(hidden[0] - 1.25, hidden)
+    _, diff = state.decide(Measured(hidden[0] - 1.25, hidden[0]), hidden)
     assert diff == pytest.approx(0.25, rel=1e-5)
 
 
 def test_anchor_of_zero():
     state = SectionState(config(), None)
     hidden = streams(0)
-    state.decide(hidden[0], hidden)
+    state.decide(Measured(hidden[0], hidden[0]), hidden)
     state.store(hidden, hidden, None)
-    assert state.decide(hidden[0], hidden)[1] == 0.0
-    assert state._difference(hidden[0] - 1, hidden[0]) == math.inf
+    assert state.decide(Measured(hidden[0], hidden[0]), hidden)[1] == 0.0
+    assert state.metric.measure(Measured(hidden[0] - 1, hidden[0])) == math.inf
 
 
 def test_nothing_is_measured_or_anchored_where_nothing_can_be_reused_by_it():
     state = SectionState(config(steps_computation_mask=[1, 0, 1], steps_computation_policy="static"), None)
     compute(state, 0)
-    assert state.anchor is None
+    assert state.metric.anchor is None
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -94,17 +95,19 @@ def test_encoder_stream_can_be_reused_plainly():
 
 
 def test_plain_calibrator_is_plain_reuse():
-    assert SectionState(config(), CalibratorConfig()).slots == SectionState(config(), None).slots == 1
+    assert (
+        SectionState(config(), CalibratorConfig()).residuals.slots == SectionState(config(), None).residuals.slots == 1
+    )
 
 
 def test_buffers_stay_at_their_addresses_from_request_to_request():
     state = SectionState(config(), TaylorSeerCalibratorConfig())
     compute(state, 0)
-    addresses = [ring.data_ptr() for ring in state.rings], state.anchor.data_ptr()
+    addresses = [ring.data_ptr() for ring in state.residuals.rings], state.metric.anchor.data_ptr()
     state.begin(None)
-    assert state.steps == [] and not state.policy.stored
+    assert state.residuals.steps == [] and not state.policy.stored
     compute(state, 0)
-    assert ([ring.data_ptr() for ring in state.rings], state.anchor.data_ptr()) == addresses
+    assert ([ring.data_ptr() for ring in state.residuals.rings], state.metric.anchor.data_ptr()) == addresses
 
 
 def test_buffers_made_under_inference_mode_can_be_written_outside():
@@ -113,7 +116,7 @@ def test_buffers_made_under_inference_mode_can_be_written_outside():
         compute(state, 0)
     state.begin(None)
     compute(state, 0)
-    assert not state.rings[0].is_inference() and not state.anchor.is_inference()
+    assert not state.residuals.rings[0].is_inference() and not state.metric.anchor.is_inference()
 
 
 def test_bytes_held():
@@ -128,8 +131,8 @@ def test_bytes_held():
 def test_another_dtype_or_device_starts_afresh(change, caplog):
     state = SectionState(config(), None)
     compute(state, 0)
-    state._check_streams([x.to(**change) for x in streams(1)])
-    assert state.rings == [] and state.anchor is None and not state.policy.stored
+    state.check_streams([x.to(**change) for x in streams(1)])
+    assert state.residuals.rings == [] and state.metric.anchor is None and not state.policy.stored
     (record,) = caplog.records
     assert "changed within a request at step 1" in record.message
     assert str(change.popitem()[1]).removeprefix("torch.") in record.message

@@ -8,6 +8,7 @@ from cachedit import DBCacheConfig, DMDCalibratorConfig
 from cachedit.context import SectionState
 from cachedit.dmd import DMD
 from cachedit.forecast import taylor_weights
+from cachedit.metric import Measured
 
 SIZE = 4000
 # Decaying, growing and oscillating modes per step; oscillations make less than half a turn in 3 steps, the largest
@@ -149,7 +150,7 @@ def test_in_a_cache_each_stream_is_fitted_once_per_run(grams, encoder, cache_typ
         outputs = truth if cache_type == "hidden_states" else [x + t for x, t in zip(inputs, truth)]
         if step in computed:
             state.policy.stored = False
-            state.decide(inputs[0] - 1, inputs)
+            state.decide(Measured(inputs[0] - 1, inputs[0]), inputs)
             state.store(inputs, outputs, None)
             held = outputs if cache_type == "hidden_states" else truth
             continue
@@ -172,7 +173,7 @@ def test_in_a_cache_uneven_steps_are_forecast_as_taylorseer_does(grams):
         if step in (0, 1, 2, 3, 5):
             state.policy.stored = False
             values[step] = trajectory([0.9, 0.5], step).view(2, -1).float()
-            state.decide(zero - 1, [zero])
+            state.decide(Measured(zero - 1, zero), [zero])
             state.store([zero], [values[step]], None)
             continue
         (got,) = state.forecast([zero], None)
@@ -192,7 +193,7 @@ def test_a_new_request_is_fitted_anew():
         state.begin(None)
         for step in range(5):
             state.policy.stored = False
-            state.decide(zero - 1, [zero])
+            state.decide(Measured(zero - 1, zero), [zero])
             state.store([zero], [trajectory([rate], step).view(2, -1).float()], None)
         (got,) = state.forecast([zero], None)
         assert error(got, trajectory([rate], 5).view(2, -1)) < 1e-4

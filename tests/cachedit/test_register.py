@@ -2,7 +2,7 @@ import pytest
 from torch import nn
 
 import cachedit
-from cachedit import BlockAdapter, BlockAdapterRegister, DBCacheConfig, ForwardPattern
+from cachedit import BlockAdapter, BlockAdapterRegister, DBCacheConfig, ForwardPattern, ParamsModifier
 from cachedit.adapter import plan_for
 from cachedit.models import MODELS
 from toys import Toy, call_flux, make_toy, run_toy, tiny_flux, tiny_flux_pipeline
@@ -92,6 +92,17 @@ def test_the_longest_name_counts_and_users_come_before_the_table():
     cachedit.enable_cache(pipe, CONFIG)
     call_flux(pipe, 3)
     assert [entry.blocks for entry in cachedit.summary(pipe, logging=False)] == apart(pipe).blocks_name
+
+
+def test_modifiers_of_a_registered_adapter_count():
+    register("Toy", params_modifiers=ParamsModifier(max_warmup_steps=3))
+    model = make_toy()
+    cachedit.enable_cache(model, CONFIG)
+    run_toy(model, 5)
+    assert cachedit.summary(model, logging=False)[0].cached_steps == [3, 4]
+    cachedit.enable_cache(model, CONFIG, params_modifiers=ParamsModifier(max_warmup_steps=2))
+    run_toy(model, 5)
+    assert cachedit.summary(model, logging=False)[0].cached_steps == [2, 3, 4]
 
 
 def test_keywords_are_handed_on():

@@ -1,0 +1,216 @@
+"""DBCache's part of a forward: the sites that compute or reuse the blocks between head and tail as one body.
+
+Sites of a section of N blocks, Fn = 2, Bn = 1, in a list of 6::
+
+    block     0      1      2      3      4      5
+    site      open   block  enter  skip   leave  block
+              head          body ............... tail
+
+``open`` notes the head's input, ``enter`` decides the step, ``skip`` passes its input on when the step is reused, and
+``leave`` stores the body's residual (computed) or returns the forecast (reused). What a site does is looked up when it
+is called, not when it is handed out, so a loop may collect the list beforehand, zip it or count it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import nn
+
+from .blocks import Guard, Link, Section, Site, current_run
+from .context import SectionState
+from .metric import Measured
+from .pattern import BlockSignature, check_shapes
+from .policy import Decision
+
+__all__ = ["SectionRun"]
+
+
+class SectionRun:
+    """One section during one forward: what its sites share."""
+
+    __slots__ = (
+        "before",
+        "bypassed",
+        "decided",
+        "diff",
+        "guard",
+        "head_encoder",
+        "inputs",
+        "keep",
+        "outputs",
+        "reuse",
+        "section",
+        "state",
+        "streams",
+    )
+
+    def __init__(self, section: Section, state: SectionState):
+        self.section = section
+        self.state = state
+        self.before: torch.Tensor | None = None
+        self.head_encoder: torch.Tensor | None = None
+        self.streams: tuple[torch.Tensor, torch.Tensor | None] | None = None  # the body's inputs, as they came
+        self.inputs: list[torch.Tensor] = []  # the same, safe from being written to
+        self.outputs: list[torch.Tensor] = []
+        self.guard = Guard(section)
+        self.keep = False
+        self.decided = False
+        self.reuse = False
+        self.bypassed = False
+        self.diff: float | None = None
+
+    def open(self, hidden: torch.Tensor) -> None:
+        """The first head block is about to run on ``hidden``."""
+        self.before = self.guard(hidden)
+
+    def enter(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
+        """The body is about to run on these streams: decide."""
+        streams = [hidden] if encoder is None else [hidden, encoder]
+        if self.before is None:
+            return  # the loop does not follow the list's order: leave the step alone
+        if hidden.requires_grad or (encoder is not None and encoder.requires_grad):
+            self.bypassed = True
+            return
+        self.streams = (hidden, encoder)
+        self.decided = True
+        decision, self.diff = self.state.decide(Measured(self.before, hidden, current_run().signal), streams)
+        self.before = None  # nothing is held longer than it is needed: tensors are large
+        if decision is Decision.REUSE:
+            self.outputs = self.state.forecast(streams, self.diff)
+            self.reuse = True
+        else:
+            self.inputs = [self.guard(tensor) for tensor in streams]
+            self.keep = True
+
+    def leave(self, block: nn.Module, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
+        """The body has returned these streams, its last block being ``block``: store its residual."""
+        if not self.keep:
+            return
+        outputs = [hidden] if encoder is None else [hidden, encoder]
+        check_shapes(block, self.inputs, outputs)
+        if self.section.in_place is None:
+            self.section.in_place = self.guard.compare()
+        self.state.store(self.inputs, outputs, self.diff)
+        self.keep = False
+        self.inputs, self.streams = [], None
+
+    def finish(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Give out the forecast of a reused step."""
+        outputs = self.outputs
+        self.outputs, self.streams = [], None
+        return outputs[0], outputs[1] if len(outputs) == 2 else None
+
+    def close(self) -> None:
+        """The forward has ended without an error: a step that was neither reused nor stored is still a step."""
+        if self.keep or not self.decided:
+            self.state.skip_storing(self.diff)
+
+    def sites(self, link: Link, blocks: list[nn.Module]) -> Iterator[Any]:
+        """Hand out the sites of one list."""
+        # First and last block of the body, numbered within this list; outside of it where they stand in another one.
+        first, last, count = self.section.first - link.offset, self.section.last - link.offset, len(blocks)
+        if first > last:  # empty body
+            yield from blocks
+            return
+        pattern = link.signature.pattern
+        for i in range(min(first, count)):
+            if i == first - 1 and pattern.Forward_H_only and not pattern.Return_H_Only:
+                yield _HeadEnd(blocks[i], self, link)
+            elif i + link.offset == 0:
+                yield _Open(blocks[i], self, link)
+            else:
+                yield blocks[i]
+        if 0 <= first < count:
+            yield _Edge(blocks[first], self, link, True, first == last)
+        inside = blocks[max(first + 1, 0) : max(last, 0)]
+        if not self.decided:
+            for block in inside:
+                yield _Body(block, self, link)
+        elif self.reuse and self.streams is not None:
+            yield from map(_Skip, inside, repeat(pattern.pack(*self.streams)))
+        else:
+            yield from inside  # the step is computed: the blocks themselves, nothing in between
+        if first < last and 0 <= last < count:
+            yield _Edge(blocks[last], self, link, False, True)
+        yield from blocks[max(last + 1, 0) :]
+
+
+class _Open(Site):
+    __slots__ = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.run.open(self.link.signature.hidden(args, kwargs))
+        return self.block(*args, **kwargs)
+
+
+class _HeadEnd(Site):
+    """Last head block where the encoder stream is only returned, never taken (patterns 4 and 5)."""
+
+    __slots__ = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.run.before is None:
+            self.run.open(self.link.signature.hidden(args, kwargs))
+        output = self.block(*args, **kwargs)
+        _, self.run.head_encoder = self.link.signature.pattern.unpack(self.block, output)
+        return output
+
+
+class _Body(Site):
+    __slots__ = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        run = self.run
+        if run.reuse and run.streams is not None:
+            return self.link.signature.pattern.pack(*run.streams)
+        return self.block(*args, **kwargs)
+
+
+class _Skip:
+    """A body block of a step that is known to be reused."""
+
+    __slots__ = ("block", "passed_on")
+
+    def __init__(self, block: nn.Module, passed_on: Any):
+        self.block = block
+        self.passed_on = passed_on
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.block, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.passed_on
+
+
+class _Edge(Site):
+    """First and last block of the body (the same site where it has one block)."""
+
+    __slots__ = ("enters", "leaves")
+
+    def __init__(self, block: nn.Module, run: SectionRun, link: Link, enters: bool, leaves: bool):
+        super().__init__(block, run, link)
+        self.enters = enters
+        self.leaves = leaves
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        run, signature = self.run, self.link.signature
+        pattern = signature.pattern
+        if self.enters:
+            encoder = None if pattern.Return_H_Only else _encoder(signature, run, args, kwargs)
+            run.enter(signature.hidden(args, kwargs), encoder)
+        if run.reuse and run.streams is not None:
+            return pattern.pack(*(run.finish() if self.leaves else run.streams))
+        output = self.block(*args, **kwargs)
+        if self.leaves:
+            run.leave(self.block, *pattern.unpack(self.block, output))
+        return output
+
+
+def _encoder(
+    signature: BlockSignature, run: SectionRun, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.Tensor | None:
+    return run.head_encoder if signature.pattern.Forward_H_only else signature.encoder(args, kwargs)

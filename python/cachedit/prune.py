@@ -1,0 +1,264 @@
+"""DBPrune's part of a forward: every block decides for itself whether to be computed or to add its stored residual."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+import cachedit_kernels as kernels
+
+from .blocks import Guard, Link, Section, Site
+from .config import CalibratorConfig, DBPruneConfig
+from .context import State
+from .metric import relative
+from .pattern import check_shapes
+from .policy import Decision
+from .store import ResidualStore, allocate
+
+__all__ = ["PruneRun", "PruneState"]
+
+SAMPLED = 4  # of so many tokens one is compared, with force_reduce_calibrator_vram
+LEADING = 5  # differences that the dynamic threshold follows
+
+Outputs = list[torch.Tensor] | None  # None: the block is computed
+
+
+class _Block:
+    """What is known of one block: its input when it was last computed, and its residuals."""
+
+    __slots__ = ("previous", "residuals")
+
+    def __init__(self, calibrator_config: CalibratorConfig | None):
+        self.residuals = ResidualStore(calibrator_config)
+        self.previous: torch.Tensor | None = None
+
+
+class PruneState(State):
+    """State of one section on one branch of a request.
+
+    Args:
+        config: Validated cache configuration.
+        calibrator_config: Validated calibrator configuration, or None for plain reuse.
+        total: Number of blocks.
+    """
+
+    config: DBPruneConfig
+
+    def __init__(self, config: DBPruneConfig, calibrator_config: CalibratorConfig | None, total: int):
+        super().__init__(config, calibrator_config)
+        self.prunable = config.prunable_blocks(total)
+        self.blocks: dict[int, _Block] = {}
+        self.runs: dict[int, int] = {}  # by block: how many in a row were pruned from there at the step before
+        reduced = config.force_reduce_calibrator_vram and calibrator_config is not None
+        self.stride = SAMPLED if reduced else 1
+        self.begin(None)
+
+    def forget(self) -> None:
+        super().forget()
+        for block in self.blocks.values():
+            block.residuals.forget()
+
+    def release(self) -> None:
+        super().release()
+        self.blocks.clear()
+
+    @property
+    def bytes_held(self) -> int:
+        inputs = sum(block.previous.nbytes for block in self.blocks.values() if block.previous is not None)
+        return inputs + sum(block.residuals.bytes_held for block in self.blocks.values())
+
+    # One step: open(), for each block prune(), else keep_input() and store(), then close().
+
+    def open(self, streams: list[torch.Tensor]) -> None:
+        """The first block of a step that may be pruned gets these streams: decide what concerns all blocks."""
+        if self.policy.refresh_due():
+            self.forget()
+        self.check_streams(streams)
+        self.verdict = self.policy.plan()
+        self.diffs: list[float] = []
+        self.pruned: set[int] = set()
+        self.decided: dict[int, tuple[list[torch.Tensor], Outputs]] = {}  # by block: inputs, outputs
+
+    def prune(self, number: int, streams: list[torch.Tensor]) -> Outputs:
+        """Return what a block that is pruned passes on, or None for one that is to be computed."""
+        if self.verdict is Decision.COMPUTE or not self._is_stored(number):
+            return None
+        if self.verdict is Decision.REUSE:
+            outputs: Outputs = self._forecast(number, streams)
+        else:
+            inputs, outputs = self.decided.pop(number, ([], None))
+            if len(inputs) != len(streams) or any(a is not b for a, b in zip(inputs, streams, strict=True)):
+                self._decide_from(number, streams)
+                outputs = self.decided.pop(number)[1]
+        if outputs is not None:
+            self.pruned.add(number)
+        return outputs
+
+    def _decide_from(self, number: int, streams: list[torch.Tensor]) -> None:
+        """Decide a block, and with it as many as were pruned after it at the step before, waiting once for all.
+
+        Each block is measured on what the one before passes on if it is pruned; what was found beyond the first block
+        that is not pruned is void. A loop that changes the streams between blocks is noticed when they come.
+        """
+        numbers = [number]
+        while len(numbers) <= self.runs.get(number, 0) and self._is_stored(numbers[-1] + 1):
+            numbers.append(numbers[-1] + 1)
+        inputs = [streams]
+        sums: list[torch.Tensor] = []
+        for n in numbers:
+            if sums:
+                inputs.append(self._forecast(n - 1, inputs[-1]))
+            sums.append(kernels.l1([self.blocks[n].previous], [self._sample(inputs[-1][0])]))  # type: ignore[list-item]
+        self.decided.clear()
+        for i, diff in enumerate(relative(sums[0] if len(sums) == 1 else torch.cat(sums))):
+            outputs: Outputs = None
+            if self._below_threshold(diff):
+                outputs = inputs[i + 1] if i + 1 < len(inputs) else self._forecast(numbers[i], inputs[i])
+            self.decided[numbers[i]] = inputs[i], outputs
+            if outputs is None:
+                return
+
+    def _below_threshold(self, diff: float) -> bool:
+        if not math.isfinite(diff):
+            self.policy.nonfinite += 1
+            return False
+        threshold = self._threshold()
+        self.diffs.append(diff)
+        self.policy.reason = "diff"
+        return diff < threshold
+
+    def _is_stored(self, number: int) -> bool:
+        return number in self.blocks and bool(self.blocks[number].residuals.steps)
+
+    def _forecast(self, number: int, streams: list[torch.Tensor]) -> list[torch.Tensor]:
+        return self.blocks[number].residuals.forecast(self.policy.step, streams)
+
+    def keep_input(self, number: int, hidden: torch.Tensor) -> None:
+        """Keep the input of a block that is about to be computed, if differences are measured at all."""
+        block = self.blocks.setdefault(number, _Block(self.calibrator_config))
+        if self.policy.measures:
+            sample = self._sample(hidden)
+            if block.previous is None:
+                block.previous = allocate(1, sample)[0]
+            block.previous.copy_(sample)
+
+    def store(self, number: int, streams: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
+        """Keep the residual of a computed block."""
+        self.blocks[number].residuals.push(self.policy.step, streams, outputs)
+
+    def close(self, blocks: int, opened: bool) -> None:
+        """The step is done: take note of it."""
+        if not opened:
+            self.policy.record(Decision.COMPUTE, None, stored=False, blocks=blocks)
+            return
+        run = 0
+        for number in sorted(self.prunable, reverse=True):
+            run = run + 1 if number in self.pruned else 0
+            self.runs[number] = run
+        diff = statistics.fmean(self.diffs) if self.diffs else None
+        decision = Decision.REUSE if self.pruned else Decision.COMPUTE
+        self.policy.record(decision, diff, pruned=len(self.pruned), blocks=blocks)
+
+    def _threshold(self) -> float:
+        config = self.config
+        base = config.residual_diff_threshold
+        leading = [diff for diff in self.diffs[:LEADING] if diff > 0.0]
+        if not config.enable_dynamic_prune_threshold or not leading:
+            return base
+        relaxed = statistics.fmean(leading) * config.dynamic_prune_threshold_relax_ratio
+        highest = config.max_dynamic_prune_threshold
+        return relaxed if base < relaxed < (2 * base if highest is None else highest) else base
+
+    def _sample(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden if self.stride == 1 or hidden.dim() < 2 else hidden[:, :: self.stride]
+
+
+class PruneRun:
+    """One section during one forward.
+
+    Args:
+        section: The section.
+        state: Its state on the branch that this forward belongs to.
+    """
+
+    def __init__(self, section: Section, state: PruneState):
+        self.section = section
+        self.state = state
+        self.guard = Guard(section)
+        self.encoder: torch.Tensor | None = None  # newest encoder stream of patterns that only return it
+        self.opened = False
+        self.wrote = False
+        self.bypassed = False
+
+    def sites(self, link: Link, blocks: list[nn.Module]) -> Iterator[Any]:
+        pattern = link.signature.pattern
+        for number, block in enumerate(blocks, link.offset):
+            if number in self.state.prunable:
+                yield _Prunable(block, self, link, number)
+            elif pattern.Forward_H_only and not pattern.Return_H_Only:
+                yield _Tracked(block, self, link)
+            else:
+                yield block
+
+    def close(self) -> None:
+        if self.section.in_place is None and self.opened:
+            self.section.in_place = self.wrote
+        self.state.close(self.section.total, self.opened)
+
+    def call(self, block: nn.Module, number: int, link: Link, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute or prune one block."""
+        signature, state = link.signature, self.state
+        pattern = signature.pattern
+        hidden = signature.hidden(args, kwargs)
+        encoder = self.encoder if pattern.Forward_H_only else signature.encoder(args, kwargs)
+        unknown = pattern.Forward_H_only and not pattern.Return_H_Only and encoder is None
+        streams = [hidden] if encoder is None or pattern.Return_H_Only else [hidden, encoder]
+        self.bypassed = self.bypassed or any(stream.requires_grad for stream in streams)
+        if self.bypassed or unknown:
+            output = block(*args, **kwargs)
+            self.encoder = pattern.unpack(block, output)[1]
+            return output
+        if not self.opened:
+            state.open(streams)
+            self.opened = True
+        pruned = state.prune(number, streams)
+        if pruned is not None:
+            outputs = pruned
+            self.encoder = outputs[1] if len(outputs) == 2 else None
+            return pattern.pack(outputs[0], self.encoder)
+        state.keep_input(number, hidden)
+        inputs = [self.guard(stream) for stream in streams]
+        output = block(*args, **kwargs)
+        hidden, self.encoder = pattern.unpack(block, output)
+        outputs = [hidden] if self.encoder is None else [hidden, self.encoder]
+        check_shapes(block, inputs, outputs)
+        self.wrote = self.guard.compare() or self.wrote
+        state.store(number, inputs, outputs)
+        return output
+
+
+class _Prunable(Site):
+    __slots__ = ("number",)
+
+    def __init__(self, block: nn.Module, run: PruneRun, link: Link, number: int):
+        super().__init__(block, run, link)
+        self.number = number
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run.call(self.block, self.number, self.link, args, kwargs)
+
+
+class _Tracked(Site):
+    """A block that is always computed, where the encoder stream is only returned, never taken (patterns 4 and 5)."""
+
+    __slots__ = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.block(*args, **kwargs)
+        _, self.run.encoder = self.link.signature.pattern.unpack(self.block, output)
+        return output
