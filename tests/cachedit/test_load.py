@@ -249,6 +249,21 @@ def test_options_without_effect_are_logged(caplog):
     assert caplog.messages == ["cache_config: taylorseer_order has no effect without enable_taylorseer"]
 
 
+def test_single_sections(tmp_path):
+    path = write(tmp_path, json.dumps(EVERYTHING))
+    for source in (path, EVERYTHING):
+        assert cachedit.load_parallelism_config(source) == EVERYTHING["parallelism_config"]
+        assert cachedit.load_attn_backend_config(source) == "native"
+        assert cachedit.load_quantize_config(source) == EVERYTHING["quantize_config"]
+        assert cachedit.load_parallelism_config(source, check_only=True) is True
+    flat = {"Fn_compute_blocks": 2}
+    assert cachedit.load_parallelism_config(flat, check_only=True) is False
+    for load in (cachedit.load_parallelism_config, cachedit.load_attn_backend_config, cachedit.load_quantize_config):
+        assert load(flat) is None
+        with pytest.raises(ValueError, match=r"attention_backnd: did you mean attention_backend\?"):
+            load({"attention_backnd": "native", "cache_config": {}})
+
+
 def test_load_options_is_deprecated():
     with pytest.warns(DeprecationWarning, match="use load_configs") as caught:
         options = load_options({"Fn_compute_blocks": 2})
