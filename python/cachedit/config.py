@@ -29,6 +29,7 @@ class CacheType(Enum):
 
     NONE = "NONE"
     DBCache = "DBCache"
+    TeaCache = "TeaCache"
 
     def __str__(self) -> str:
         return self.value
