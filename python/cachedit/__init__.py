@@ -34,6 +34,7 @@ from .modifier import ParamsModifier
 from .pattern import ForwardPattern
 from .policy import Decision, StepPolicy, StepView
 from .stats import CacheStats
+from .teacache import TeaCacheConfig
 
 __all__ = [
     "BasicCacheConfig",
@@ -54,6 +55,7 @@ __all__ = [
     "StepPolicy",
     "StepView",
     "TaylorSeerCalibratorConfig",
+    "TeaCacheConfig",
     "__version__",
     "disable_cache",
     "drop_request",
