@@ -48,6 +48,7 @@ from .policy import Decision, StepPolicy, StepView
 from .register import BlockAdapterRegister, get_adapter, supported_matrix, supported_pipelines
 from .stats import CacheStats
 from .tag import strify
+from .teacache import TeaCacheConfig
 
 NONE, DBCache, DBPrune = CacheType.NONE, CacheType.DBCache, CacheType.DBPrune
 Pattern_0, Pattern_1, Pattern_2, Pattern_3, Pattern_4, Pattern_5 = ForwardPattern
@@ -82,6 +83,7 @@ __all__ = [
     "StepPolicy",
     "StepView",
     "TaylorSeerCalibratorConfig",
+    "TeaCacheConfig",
     "__version__",
     "block_range",
     "cache_type",

@@ -10,6 +10,7 @@ _ALIASES = {
     "NONE": ("NONE", "NO_CACHE", "NOCACHE", "NC"),
     "DBCache": ("DUAL_BLOCK_CACHE", "DB_CACHE", "DBCACHE", "DB"),
     "DBPrune": ("DYNAMIC_BLOCK_PRUNE", "DB_PRUNE", "DBPRUNE", "DBP"),
+    "TeaCache": ("TEACACHE", "TEA_CACHE"),
 }
 
 

@@ -118,8 +118,11 @@ def test_arguments_and_defaults_are_those_of_cache_dit(theirs):
             differences.add(name)
             continue
         ours = describe(getattr(ours, method) if method else ours)
-        if not isinstance(described, dict):
+        if isinstance(described, str):  # a member of an enum
             differences |= set() if ours == described else {name}
+            continue
+        if isinstance(described, list):  # an enum; ours may have more
+            differences |= {f"{name}.{member}" for member in described if member not in ours}
             continue
         for place, (parameter, default) in enumerate(described.items()):
             if list(ours.items())[place : place + 1] != [(parameter, default)]:
