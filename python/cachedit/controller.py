@@ -183,8 +183,11 @@ class Controller:
         return "uncond" if (self.calls % 2 == 0) == self.config.cfg_compute_first else "cond"
 
     @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        """Run the forwards inside on the branch ``name``; diffusers pipelines call it around each guidance branch."""
+    def cache_context(self, name: str, **where: Any) -> Iterator[None]:
+        """Run the forwards inside on the branch ``name``; diffusers pipelines call it around each guidance branch.
+
+        ``where`` tells diffusers' own hooks where the denoising loop is (``step_index``, ``sigma``, ...).
+        """
         names = _thread.__dict__.setdefault("names", {})
         outer = names.get(id(self))
         names[id(self)] = name
@@ -193,7 +196,7 @@ class Controller:
             if original is None:
                 yield
             else:
-                with original(self.transformer, name):
+                with original(self.transformer, name, **where):
                     yield
         finally:
             if outer is None:
