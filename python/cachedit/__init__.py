@@ -27,6 +27,7 @@ from .config import (
     PolicyConfig,
     TaylorSeerCalibratorConfig,
 )
+from .estimate import MemoryEstimate, estimate_memory
 from .load import load_cache_config, load_configs, load_options
 from .mask import steps_mask
 from .modifier import ParamsModifier
@@ -48,6 +49,7 @@ __all__ = [
     "FoCaCalibratorConfig",
     "ForwardPattern",
     "HermiteCalibratorConfig",
+    "MemoryEstimate",
     "ParamsModifier",
     "PolicyConfig",
     "StepPolicy",
@@ -57,6 +59,7 @@ __all__ = [
     "disable_cache",
     "drop_request",
     "enable_cache",
+    "estimate_memory",
     "limit_requests",
     "load_cache_config",
     "load_configs",

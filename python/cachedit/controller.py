@@ -143,7 +143,11 @@ class Controller:
             self.requests.get(key, steps, steps is not None)
             yield
 
-    def _name_by_call_order(self, request: Request) -> str:
+    def branch_name(self, request: Request) -> str:
+        """The guidance branch that the next forward belongs to: as the pipeline says, else by the order of calls."""
+        name: str | None = getattr(_thread, "names", {}).get(id(self))
+        if name is not None:
+            return name
         separate = self.config.enable_separate_cfg
         if not (self.has_separate_cfg if separate is None else separate):
             return "default"
@@ -170,8 +174,7 @@ class Controller:
         request = self.request
         outer = request.enter()
         try:
-            name = getattr(_thread, "names", {}).get(id(self))
-            branch = request.branch(self._name_by_call_order(request) if name is None else name, self.sections)
+            branch = request.branch(self.branch_name(request), self.sections)
             step = branch.step
             runs = branch.runs()
             try:

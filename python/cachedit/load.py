@@ -18,6 +18,7 @@ from .config import (
     BasicCacheConfig,
     CalibratorConfig,
     DBCacheConfig,
+    DBPruneConfig,
     DMDCalibratorConfig,
     FoCaCalibratorConfig,
     TaylorSeerCalibratorConfig,
@@ -39,7 +40,7 @@ class _Calibrator(NamedTuple):
     encoder: bool  # whether files forecast the encoder stream where they do not say
 
 
-_CACHE_TYPES: dict[str, type[BasicCacheConfig] | None] = {"DBCache": DBCacheConfig, "DBPrune": None}
+_CACHE_TYPES: dict[str, type[BasicCacheConfig]] = {"DBCache": DBCacheConfig, "DBPrune": DBPruneConfig}
 _SHARED_KEYS = {"calibrator_cache_type": "calibrator_cache_type"}
 _TAYLORSEER_KEYS = {
     "enable_encoder_taylorseer": "enable_encoder_calibrator",
@@ -150,9 +151,13 @@ def _cache_section(section: Mapping[str, Any], where: str, reset: bool, hints: I
     cache_type = str(section.get("cache_type") or "DBCache")
     config_class = _CACHE_TYPES.get(cache_type)
     if config_class is None:
-        names = (name if made else f"{name} (not available in this version yet)" for name, made in _CACHE_TYPES.items())
-        raise ValueError(f"{where}cache_type must be one of {', '.join(names)}, got {cache_type}")
-    _check_keys(section, _cache_keys(config_class), where, hints)
+        raise ValueError(f"{where}cache_type must be one of {', '.join(_CACHE_TYPES)}, got {cache_type}")
+    known = _cache_keys(config_class)
+    for key in section:
+        owners = [name for name, other in _CACHE_TYPES.items() if key in _cache_keys(other)]
+        if owners and key not in known:
+            raise ValueError(f"{where}{key}: goes with cache_type {' or '.join(owners)} only, not with {cache_type}")
+    _check_keys(section, known, where, hints)
     given = {key: value for key, value in section.items() if value is not None}
     values = {field.name: given[field.name] for field in dataclasses.fields(config_class) if field.name in given}
     if "cache_type" in values:

@@ -10,7 +10,15 @@ import torch
 
 import cachedit
 import cachedit_kernels
-from cachedit import CacheType, DBCacheConfig, TaylorSeerCalibratorConfig, load_cache_config, load_configs, load_options
+from cachedit import (
+    CacheType,
+    DBCacheConfig,
+    DBPruneConfig,
+    TaylorSeerCalibratorConfig,
+    load_cache_config,
+    load_configs,
+    load_options,
+)
 from toys import flux_inputs, tiny_flux
 
 ROOT = Path(__file__).parents[2]
@@ -171,11 +179,9 @@ def test_what_is_no_mask(mask):
         ({"residual_diff_threshold": "high"}, "residual_diff_threshold must be a number, got 'high'"),
         ({"max_accumulated_residual_diff_threshold": [1]}, r"max_accumulated_.*_threshold must be a number, got \[1\]"),
         ({"steps_computation_policy": "slow"}, "steps_computation_policy must be one of 'dynamic', 'static', got 'sl"),
-        ({"cache_type": "FBCache"}, "cache_type must be one of DBCache, DBPrune .*, got FBCache"),
-        (
-            {"cache_type": "DBPrune", "x": 1},
-            "cache_type must be .*, DBPrune .not available in this version yet., got DBPrune",
-        ),
+        ({"cache_type": "FBCache"}, "cache_type must be one of DBCache, DBPrune, got FBCache"),
+        ({"cache_type": "DBPrune", "non_prune_block_id": [1]}, "non_prune_block_id: did you mean non_prune_block_ids"),
+        ({"non_prune_block_ids": [1]}, "non_prune_block_ids: goes with cache_type DBPrune only, not with DBCache"),
         ({"enable_taylorseer": "yes"}, "enable_taylorseer must be true or false, got 'yes'"),
         ({"enable_taylorseer": True, "taylorseer_order": 9}, "taylorseer_order must be from 1 to 4, got 9"),
         ({"enable_taylorseer": True, "taylorseer_cache_type": "x"}, "taylorseer_cache_type must be one of 'residual'"),
@@ -287,3 +293,10 @@ def test_the_example_enables_a_transformer():
     (stats,) = cachedit.summary(model, logging=False)
     assert stats.cached_steps
     assert set(stats.cached_steps) <= {3, 5, 6}  # the zeros of the mask for 8 steps
+
+
+def test_dbprune_has_keys_of_its_own():
+    section = {"cache_type": "DBPrune", "non_prune_block_ids": [3], "enable_dynamic_prune_threshold": True}
+    config, _ = load_cache_config({"cache_config": section})
+    assert config == DBPruneConfig(non_prune_block_ids=[3], enable_dynamic_prune_threshold=True)
+    assert config.cache_type is CacheType.DBPrune

@@ -1,5 +1,6 @@
 """The decision, by the thousand: it sees numbers only."""
 
+import math
 import subprocess
 import sys
 
@@ -7,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachedit import DBCacheConfig
-from cachedit.policy import Decision, Policy
+from cachedit import DBCacheConfig, PolicyConfig, StepView
+from cachedit.policy import Decision, Policy, UserPolicy
 
 
 def play(config, diffs, total=None):
@@ -183,3 +184,63 @@ def test_policy_does_not_use_torch():
     import cachedit
 
     subprocess.run([sys.executable, "-c", code, cachedit.__path__[0]], check=True)
+
+
+class Scripted:
+    """Answers with a list of decisions, and remembers what it was asked."""
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+        self.asked = []
+
+    def decide(self, step):
+        self.asked.append(step)
+        return self.answers.pop(0)
+
+
+def test_a_policy_of_ones_own_is_asked_instead():
+    compute, measure, reuse = Decision.COMPUTE, Decision.MEASURE, Decision.REUSE
+    user = Scripted(reuse, measure, reuse, compute, measure, compute)
+    policy = PolicyConfig(policy=lambda: user, max_warmup_steps=8).make_policy(10)
+    assert isinstance(policy, UserPolicy) and policy.measures and not policy.never_reuses
+    for diff in [None, None, 0.5, None, 0.25]:
+        decision = policy.plan()
+        if decision is measure:
+            decision = policy.decide(diff)
+        else:
+            diff = None
+        policy.record(decision, diff)
+    assert [record.reused for record in policy.records] == [False, True, True, False, False]
+    assert policy.records[0].reason == "nothing stored" and policy.records[1].reason == "Scripted"
+    first, _, third, *_, last = user.asked
+    assert first == StepView(step=1, total_steps=10, diff=None, reused=0, run=0)
+    assert third == StepView(step=2, total_steps=10, diff=0.5, reused=1, run=1)
+    assert last == StepView(step=4, total_steps=10, diff=0.25, reused=2, run=0)
+
+
+def test_a_policy_of_ones_own_never_sees_a_diff_that_is_not_finite():
+    user = Scripted(Decision.MEASURE)
+    policy = PolicyConfig(policy=lambda: user).make_policy(None)
+    policy.record(policy.plan(), None)
+    assert policy.plan() is Decision.MEASURE and policy.decide(math.nan) is Decision.COMPUTE
+    assert policy.nonfinite == 1 and len(user.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ([True], "policy: Scripted.decide must return a cachedit.Decision, got True"),
+        ([Decision.MEASURE, Decision.MEASURE], "policy: Scripted.decide asked to measure a step whose diff it was"),
+    ],
+)
+def test_answers_that_are_none(answers, message):
+    policy = PolicyConfig(policy=lambda: Scripted(*answers)).make_policy(None)
+    policy.record(policy.plan(), None)
+    with pytest.raises(TypeError, match=message):
+        policy.decide(0.1) if policy.plan() is Decision.MEASURE else None
+
+
+@pytest.mark.parametrize("policy", [None, "fast", Scripted()])
+def test_a_policy_is_made_by_something_that_can_be_called(policy):
+    with pytest.raises(TypeError, match="policy must be a class or function that makes a StepPolicy, got"):
+        PolicyConfig(policy=policy).validate()

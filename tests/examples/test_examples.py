@@ -32,6 +32,11 @@ def test_embedded_model(tmp_path):
     ]
 
 
+def test_own_policy(tmp_path):
+    text = run("own_policy.py", tmp_path)
+    assert text.count("| reused ") > 10 and text.count("GrowingBudget") == 27
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_every_example_compiles(path):
     compile(path.read_text(), str(path), "exec")
