@@ -32,6 +32,7 @@ from .load import load_cache_config, load_configs, load_options
 from .mask import steps_mask
 from .modifier import ParamsModifier
 from .pattern import ForwardPattern
+from .plot import plot_summary
 from .policy import Decision, StepPolicy, StepView
 from .stats import CacheStats
 from .teacache import TeaCacheConfig
@@ -65,6 +66,7 @@ __all__ = [
     "load_cache_config",
     "load_configs",
     "load_options",
+    "plot_summary",
     "refresh_context",
     "request",
     "steps_mask",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .models import MODELS, find_entry
+from .models import MODELS, calls_branches_in_turn, find_entry
 from .pattern import ForwardPattern
 
 __all__ = ["BlockAdapter", "NamedBlocks", "TransformerPlan", "plan_for"]
@@ -127,8 +127,12 @@ class BlockAdapter:
         return all("hidden_states" in _parameter_names(item.blocks[0]) for item in named)
 
 
-def plan_for(transformer: nn.Module) -> TransformerPlan:
+def plan_for(transformer: nn.Module, pipe: Any = None) -> TransformerPlan:
     """Plan a transformer from the model table.
+
+    Args:
+        transformer: The transformer.
+        pipe: The pipeline that calls it, where there is one: its class says how guidance does so.
 
     Raises:
         ValueError: If its class is not in the table.
@@ -144,7 +148,7 @@ def plan_for(transformer: nn.Module) -> TransformerPlan:
         [NamedBlocks(item.name, _get_list("", transformer, item.name), item.pattern) for item in group]
         for group in entry.sections
     ]
-    return TransformerPlan(transformer, sections, True, False)
+    return TransformerPlan(transformer, sections, True, calls_branches_in_turn(pipe))
 
 
 def _as_list(value: Nested) -> list[Any]:

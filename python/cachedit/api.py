@@ -12,6 +12,7 @@ from torch import nn
 from .adapter import BlockAdapter, TransformerPlan, plan_for
 from .config import BasicCacheConfig, CacheType, CalibratorConfig, DBCacheConfig
 from .controller import Controller, controller_of
+from .models import find_transformers
 from .modifier import Settings, modified, modifiers_per_transformer, settings_per_section
 from .stats import CacheStats, collect, format_table
 from .watch import PipelineWatch
@@ -27,8 +28,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-_PIPELINE_TRANSFORMERS = ("transformer", "transformer_2")
 
 
 def enable_cache(
@@ -240,18 +239,13 @@ def _plans(target: Any) -> tuple[Any, list[TransformerPlan]]:
         return target.pipe, target.plans()
     if isinstance(target, nn.Module):
         return None, [plan_for(target)]
-    transformers = _pipeline_transformers(target)
+    transformers = find_transformers(target)
     if not transformers:
         raise TypeError(
             "pipe_or_adapter must be a pipeline with a transformer, a torch.nn.Module or a BlockAdapter, "
             f"got {type(target).__name__}"
         )
-    return target, [plan_for(transformer) for transformer in transformers]
-
-
-def _pipeline_transformers(pipe: Any) -> list[nn.Module]:
-    found = [getattr(pipe, name, None) for name in _PIPELINE_TRANSFORMERS]
-    return [module for module in found if isinstance(module, nn.Module)]
+    return target, [plan_for(transformer, target) for transformer in transformers]
 
 
 def _controllers(target: Any) -> list[Controller]:
@@ -264,7 +258,7 @@ def _controllers(target: Any) -> list[Controller]:
         watched = PipelineWatch.of(target)
         if watched is not None:
             return [c for c in watched.controllers if c.attached]
-        modules = list(_pipeline_transformers(target))
+        modules = list(find_transformers(target))
     return [c for c in map(controller_of, modules) if c is not None]
 
 
