@@ -120,7 +120,7 @@ def measure(demo: Demo, row: Row, baseline: torch.Tensor, steps: int, rounds: in
             times.append(seconds(demo, own_steps))
             ratios.append(plain / times[-1])
             if config is not None:
-                skipped = cachedit.summary(demo.pipe, logging=False)[0].skipped_blocks
+                skipped = cachedit.summary(demo.pipe, logging=False)[0].main.skipped_blocks
     quality = compare(images, baseline)
     return {
         "name": name,

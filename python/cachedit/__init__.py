@@ -44,6 +44,7 @@ from .mask import steps_mask
 from .modifier import ParamsModifier
 from .patch_functor import PatchFunctor
 from .pattern import ForwardPattern
+from .plot import plot_summary
 from .policy import Decision, StepPolicy, StepView
 from .register import BlockAdapterRegister, get_adapter, supported_matrix, supported_pipelines
 from .stats import CacheStats
@@ -99,6 +100,7 @@ __all__ = [
     "load_options",
     "load_parallelism_config",
     "load_quantize_config",
+    "plot_summary",
     "refresh_context",
     "request",
     "set_attn_backend",

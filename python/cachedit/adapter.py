@@ -10,17 +10,14 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .auto import Search, find_blocks
-from .models import MODELS, find_entry
+from .models import MODELS, calls_branches_in_turn, find_entry
 from .modifier import ParamsModifier, modifiers_per_transformer
 from .patch_functor import PatchFunctor
 from .pattern import ForwardPattern, check_outputs
 
 __all__ = ["BlockAdapter", "NamedBlocks", "TransformerPlan", "plan_for"]
 
-_PREFIXES = [
-    *("transformer", "single_transformer", "blocks", "layers"),
-    *("single_stream_blocks", "double_stream_blocks"),
-]
+_PREFIXES = ["transformer", "single_transformer", "blocks", "layers", "single_stream_blocks", "double_stream_blocks"]
 _SUFFIXES = ["TransformerBlock"]
 
 Nested = Any  # one value, a list (per block list or per transformer), or a list of lists
@@ -179,8 +176,12 @@ class BlockAdapter:
         return all("hidden_states" in _parameter_names(item.blocks[0]) for item in named)
 
 
-def plan_for(transformer: nn.Module) -> TransformerPlan:
+def plan_for(transformer: nn.Module, pipe: Any = None) -> TransformerPlan:
     """Plan a transformer from the model table.
+
+    Args:
+        transformer: The transformer.
+        pipe: The pipeline that calls it, where there is one: its class says how guidance does so.
 
     Raises:
         ValueError: If its class is not in the table.
@@ -196,7 +197,8 @@ def plan_for(transformer: nn.Module) -> TransformerPlan:
         [NamedBlocks(item.name, _get_list("", transformer, item.name), item.pattern) for item in group]
         for group in entry.sections
     ]
-    return TransformerPlan(transformer, sections, True, False, [None] * sum(map(len, sections)))
+    separate = calls_branches_in_turn(pipe)
+    return TransformerPlan(transformer, sections, True, separate, [None] * sum(map(len, sections)))
 
 
 def _sections_by_table(transformer: nn.Module, named: list[NamedBlocks]) -> list[list[NamedBlocks]]:

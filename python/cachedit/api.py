@@ -13,6 +13,7 @@ from .adapter import BlockAdapter, TransformerPlan, plan_for
 from .attention import set_attention_backend
 from .config import BasicCacheConfig, CacheType, CalibratorConfig, DBCacheConfig
 from .controller import Controller, controller_of
+from .models import find_transformers
 from .modifier import Settings, modified, modifiers_per_transformer, settings_per_section
 from .register import BlockAdapterRegister
 from .stats import CacheStats, collect, format_table
@@ -29,8 +30,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-_PIPELINE_TRANSFORMERS = ("transformer", "transformer_2")
 
 
 def enable_cache(
@@ -244,18 +243,13 @@ def _plans(target: Any) -> tuple[Any, list[TransformerPlan]]:
         return adapter.pipe, adapter.plans()
     if isinstance(target, nn.Module):
         return None, [plan_for(target)]
-    transformers = _pipeline_transformers(target)
+    transformers = find_transformers(target)
     if not transformers:
         raise TypeError(
             "pipe_or_adapter must be a pipeline with a transformer, a torch.nn.Module or a BlockAdapter, "
             f"got {type(target).__name__}"
         )
-    return target, [plan_for(transformer) for transformer in transformers]
-
-
-def _pipeline_transformers(pipe: Any) -> list[nn.Module]:
-    found = [getattr(pipe, name, None) for name in _PIPELINE_TRANSFORMERS]
-    return [module for module in found if isinstance(module, nn.Module)]
+    return target, [plan_for(transformer, target) for transformer in transformers]
 
 
 def _controllers(target: Any) -> list[Controller]:
@@ -268,7 +262,7 @@ def _controllers(target: Any) -> list[Controller]:
         watched = PipelineWatch.of(target)
         if watched is not None:
             return [c for c in watched.controllers if c.attached]
-        modules = list(_pipeline_transformers(target))
+        modules = list(find_transformers(target))
     return [c for c in map(controller_of, modules) if c is not None]
 
 

@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from .adapter import BlockAdapter
+from .models import find_transformers
+
 __all__ = ["set_attention_backend", "set_attn_backend"]
 
 
@@ -46,6 +49,7 @@ def _transformers(target: Any) -> list[Any]:
     if isinstance(target, nn.Module):
         return [target]
     if not isinstance(target, (list, tuple)):
-        held = [getattr(target, name, None) for name in ("transformer", "transformer_2")]
-        target = held if any(item is not None for item in held) else [getattr(target, "pipe", None)]
-    return [module for item in target if item is not None for module in _transformers(item)]
+        if not isinstance(target, BlockAdapter):
+            return find_transformers(target)
+        target = [target.pipe if target.transformer is None else target.transformer]
+    return [module for item in target for module in _transformers(item)]

@@ -169,11 +169,15 @@ class Controller:
         return "uncond" if (request.calls % 2 == 0) == self.config.cfg_compute_first else "cond"
 
     @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        """Run the forwards inside on the branch ``name``; diffusers pipelines call it around each guidance branch."""
+    def cache_context(self, name: str, **where: Any) -> Iterator[None]:
+        """Run the forwards inside on the branch ``name``; diffusers pipelines call it around each guidance branch.
+
+        ``where`` tells diffusers' own hooks where the denoising loop is (``step_index``, ``sigma``, ...).
+        """
         names = _thread.__dict__.setdefault("names", {})
         original = getattr(type(self.transformer), "cache_context", None)
-        with _entry(names, id(self), name), nullcontext() if original is None else original(self.transformer, name):
+        inner = nullcontext() if original is None else original(self.transformer, name, **where)
+        with _entry(names, id(self), name), inner:
             yield
 
     # One forward

@@ -10,13 +10,11 @@ from typing import Any, ClassVar, TypeVar
 from torch import nn
 
 from .adapter import BlockAdapter, TransformerPlan, plan_for
-from .models import MODELS, find_entry
+from .models import MODELS, find_entry, find_transformers
 
 __all__ = ["BlockAdapterRegister", "get_adapter", "supported_matrix", "supported_pipelines"]
 
 Factory = TypeVar("Factory", bound=Callable[..., BlockAdapter])
-
-_TRANSFORMERS = ("transformer", "transformer_2")
 
 
 class BlockAdapterRegister:
@@ -68,11 +66,12 @@ class BlockAdapterRegister:
         registered = cls.registered(pipe_or_module, **kwargs)
         if registered is not None:
             return registered
-        transformers = _transformers(pipe_or_module)
+        alone = isinstance(pipe_or_module, nn.Module)
+        transformers = [pipe_or_module] if alone else find_transformers(pipe_or_module)
         if not transformers or any(find_entry(transformer) is None for transformer in transformers):
             return None
-        pipe = None if isinstance(pipe_or_module, nn.Module) else pipe_or_module
-        return _adapter_of(pipe, [plan_for(transformer) for transformer in transformers], **kwargs)
+        pipe = None if alone else pipe_or_module
+        return _adapter_of(pipe, [plan_for(transformer, pipe) for transformer in transformers], **kwargs)
 
     @classmethod
     def registered(cls, pipe_or_module: Any, **kwargs: Any) -> BlockAdapter | None:
@@ -131,13 +130,6 @@ def supported_matrix() -> str:
             cell = "; ".join(groups)
         lines.append(f"| {name} | {cell} |")
     return "\n".join(lines)
-
-
-def _transformers(pipe_or_module: Any) -> list[nn.Module]:
-    if isinstance(pipe_or_module, nn.Module):
-        return [pipe_or_module]
-    found = [getattr(pipe_or_module, name, None) for name in _TRANSFORMERS]
-    return [module for module in found if isinstance(module, nn.Module)]
 
 
 def _adapter_of(pipe: Any, plans: list[TransformerPlan], **fields: Any) -> BlockAdapter:

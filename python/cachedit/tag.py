@@ -21,21 +21,28 @@ def strify(adapter_or_others: Any) -> str:
             configuration as a dictionary, as :func:`load_configs` takes it.
 
     Returns:
-        The tags of the cache configuration and of the calibrator (``T0O0`` without one), and after ``S`` how many steps
-        the conditional (or only) branch reused, where any. Several transformers or block lists: those of the first.
-        An empty string where no cache is enabled or configured.
+        The tags of the cache configuration and of the calibrator (``T0O0`` without one); after ``P`` the percentage of
+        blocks that were pruned, with DBPrune; after ``S`` how many steps were reused, where any. Numbers are those of
+        the conditional (or only) branch, and with several transformers or block lists those of the first. An empty
+        string where no cache is enabled or configured.
     """
     if isinstance(adapter_or_others, Mapping):
         no_cache = str(adapter_or_others.get("cache_type")) == CacheType.NONE.value
-        options, reused = {} if no_cache else load_configs(adapter_or_others), 0
-    else:
+        stats = [CacheStats(cache_options={} if no_cache else load_configs(adapter_or_others))]
+    elif isinstance(adapter_or_others, CacheStats):
+        stats = [adapter_or_others]
+    elif isinstance(adapter_or_others, list):
         stats = adapter_or_others
-        if not isinstance(stats, (CacheStats, list)):
-            stats = summary(stats, logging=False)
-        first = next(iter(stats), None) if isinstance(stats, list) else stats
-        options, reused = (first.cache_options, len(first.cached_steps)) if first else ({}, 0)
-    config, calibrator = options.get("cache_config"), options.get("calibrator_config")
+    else:
+        stats = summary(adapter_or_others, logging=False)
+    first = stats[0] if stats else CacheStats()
+    config, calibrator = first.cache_options.get("cache_config"), first.cache_options.get("calibrator_config")
     if config is None or config.cache_type is CacheType.NONE:
         return ""
-    tags = [config.strify(), calibrator.strify() if calibrator else "T0O0", f"S{reused}" if reused else ""]
-    return "_".join(filter(None, tags))
+    tags = [config.strify()]
+    if first.pruned_ratio is not None:
+        tags.append(f"P{round(first.pruned_ratio * 100, 2)}")
+    tags.append(calibrator.strify() if calibrator else "T0O0")
+    if first.cached_steps:
+        tags.append(f"S{len(first.cached_steps)}")
+    return "_".join(tags)

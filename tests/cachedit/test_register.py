@@ -134,6 +134,13 @@ def test_pipelines_with_two_transformers():
     assert cachedit.get_adapter(pipe) is None
 
 
+def test_how_a_pipeline_of_the_table_calls_its_branches():
+    pipe = type("FluxImg2ImgPipeline", (), {})()
+    pipe.transformer = tiny_flux()
+    assert BlockAdapterRegister.has_separate_cfg(pipe) and not BlockAdapterRegister.has_separate_cfg(pipe.transformer)
+    assert cachedit.get_adapter(pipe).plans() == [plan_for(pipe.transformer, pipe)]
+
+
 def test_what_is_supported():
     assert BlockAdapterRegister.is_supported(tiny_flux()) and not BlockAdapterRegister.is_supported(make_toy())
     assert cachedit.get_adapter(make_toy()) is None and cachedit.get_adapter(object()) is None

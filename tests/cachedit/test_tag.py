@@ -1,8 +1,16 @@
 import pytest
 
 import cachedit
-from cachedit import CacheStats, DBCacheConfig, TaylorSeerCalibratorConfig, strify
-from toys import call_flux, make_toy, tiny_flux_pipeline
+from cachedit import (
+    BlockAdapter,
+    CacheStats,
+    DBCacheConfig,
+    DBPruneConfig,
+    ForwardPattern,
+    TaylorSeerCalibratorConfig,
+    strify,
+)
+from toys import call_flux, make_toy, run_toy, tiny_flux_pipeline
 
 CONFIG = DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=9.0)
 TAG = "DBCache_F1B0_W2I1M0MC0_R9.0"
@@ -21,6 +29,15 @@ def test_what_is_enabled():
     assert strify(stats) == f"{TAG}_T1O2_S4"  # statistics stay what they were
     cachedit.disable_cache(pipe)
     assert strify(pipe) == ""
+
+
+def test_pruned_blocks():
+    model = make_toy(depth=5)
+    adapter = BlockAdapter(transformer=model, blocks=model.blocks, forward_pattern=ForwardPattern.Pattern_0)
+    config = DBPruneConfig(Fn_compute_blocks=1, max_warmup_steps=1, residual_diff_threshold=9.0)
+    cachedit.enable_cache(adapter, config)
+    run_toy(model, 3)
+    assert strify(adapter) == "DBPrune_F1B0_W1I1M0MC0_R9.0_P53.33_T0O0_S2"  # 8 of 15 blocks
 
 
 @pytest.mark.parametrize(
