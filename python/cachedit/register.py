@@ -67,7 +67,7 @@ class BlockAdapterRegister:
         if registered is not None:
             return registered
         alone = isinstance(pipe_or_module, nn.Module)
-        transformers = [pipe_or_module] if alone else find_transformers(pipe_or_module)
+        transformers = [_uncompiled(m) for m in ([pipe_or_module] if alone else find_transformers(pipe_or_module))]
         if not transformers or any(find_entry(transformer) is None for transformer in transformers):
             return None
         pipe = None if alone else pipe_or_module
@@ -76,7 +76,7 @@ class BlockAdapterRegister:
     @classmethod
     def registered(cls, pipe_or_module: Any, **kwargs: Any) -> BlockAdapter | None:
         """Return the adapter that a user's registration makes, or None if there is none for this class."""
-        class_name = type(pipe_or_module).__name__
+        class_name = type(_uncompiled(pipe_or_module)).__name__
         name = max((name for name in cls._factories if class_name.startswith(name)), key=len, default=None)
         if name is None:
             return None
@@ -130,6 +130,10 @@ def supported_matrix() -> str:
             cell = "; ".join(groups)
         lines.append(f"| {name} | {cell} |")
     return "\n".join(lines)
+
+
+def _uncompiled(target: Any) -> Any:
+    return getattr(target, "_orig_mod", target)  # torch.compile's wrapper
 
 
 def _adapter_of(pipe: Any, plans: list[TransformerPlan], **fields: Any) -> BlockAdapter:

@@ -1,4 +1,5 @@
 import pytest
+import torch
 from torch import nn
 
 import cachedit
@@ -61,6 +62,14 @@ def test_a_registered_transformer_is_enabled_by_itself():
     assert cachedit.summary(model, logging=False)[0].cached_steps == [1, 2]
     adapter = cachedit.get_adapter(model)
     assert adapter.pipe is None and adapter.transformer is model
+
+
+def test_compiled_transformers_are_known_by_their_own_class():
+    register("Toy")
+    model, pipe = make_toy(), tiny_flux_pipeline()
+    assert cachedit.get_adapter(torch.compile(model)).plans()[0].transformer is model
+    flux, pipe.transformer = pipe.transformer, torch.compile(pipe.transformer)
+    assert cachedit.get_adapter(pipe).plans()[0].transformer is flux
 
 
 def test_a_function_may_leave_fields_to_the_defaults():
