@@ -18,6 +18,7 @@ from .adapter import TransformerPlan
 from .blocks import Link, Section, intercept, release, run_sections
 from .config import BasicCacheConfig
 from .modifier import Settings
+from .patch_functor import is_patched
 from .pattern import BlockSignature
 from .request import DEFAULT, Branch, Request, Requests
 from .tap import Tap, make_tap
@@ -69,9 +70,20 @@ class Controller:
 
     def __init__(self, plan: TransformerPlan, settings: Sequence[Settings]):
         self.transformer = plan.transformer
+        self.patch_functor = plan.patch_functor
+        self.patched = False
         self.has_separate_cfg = plan.has_separate_cfg
         self.sections: list[Section] = []
         self.lists: list[tuple[nn.ModuleList, Link]] = []
+        with self.patch_functor.applied(self.transformer) if self.patch_functor else nullcontext():
+            self._link(plan, settings)  # signatures are those of patched blocks
+        self.attached = False
+        self.tap: Tap | None = None
+        self._set_tap(make_tap(self.transformer, settings))
+        self.requests = Requests()
+        self.warned_about_grad = self.warned_about_idling = False
+
+    def _link(self, plan: TransformerPlan, settings: Sequence[Settings]) -> None:
         for index, (group, chosen) in enumerate(zip(plan.sections, settings, strict=True)):
             name = "+".join(item.name for item in group)
             section = Section(name, sum(len(item.blocks) for item in group), *chosen)
@@ -81,11 +93,6 @@ class Controller:
                 self.lists.append((item.blocks, Link(index, section, offset, signature)))
                 offset += len(item.blocks)
             self.sections.append(section)
-        self.attached = False
-        self.tap: Tap | None = None
-        self._set_tap(make_tap(self.transformer, settings))
-        self.requests = Requests()
-        self.warned_about_grad = self.warned_about_idling = False
 
     @property
     def config(self) -> BasicCacheConfig:
@@ -258,6 +265,9 @@ class Controller:
         if previous is not None:
             previous.detach()
         module = self.transformer
+        if self.patch_functor is not None and not is_patched(module):  # else the user has patched it, and keeps it so
+            self.patch_functor.apply(module)
+            self.patched = True
         holder, name = _find_own_forward(module)
         self._had_forward = name in vars(holder)
         _put(holder, name, CachedForward(self, getattr(holder, name)))
@@ -288,6 +298,9 @@ class Controller:
         if getattr(vars(module).get("cache_context"), "__self__", None) is self:
             vars(module).pop("cache_context")
         vars(module).pop(_ATTRIBUTE, None)
+        if self.patch_functor is not None and self.patched:
+            self.patch_functor.undo(module)
+            self.patched = False
         self.requests.clear()
 
 

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import logging
 import pickle
 import types
@@ -7,9 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from cachedit import PatchFunctor
+import cachedit
+from cachedit import BlockAdapter, DBCacheConfig, ForwardPattern, PatchFunctor
 from cachedit.patch_functor import is_patched
-from toys import DualBlock, Toy, make_toy, toy_inputs
+from toys import DualBlock, Toy, make_toy, run_toy, toy_inputs
+
+CONFIG = DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=1, residual_diff_threshold=9.0)
 
 
 def state(model):
@@ -140,3 +144,64 @@ def test_a_patched_model_can_be_pickled():
 def test_the_base_class_does_nothing_by_itself():
     with pytest.raises(NotImplementedError, match=r"PatchFunctor must override _apply"):
         PatchFunctor().apply(make_toy())
+
+
+class Renamed(nn.Module):
+    """A block whose streams have other names and come in another order."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = DualBlock(ForwardPattern.Pattern_0)
+
+    def forward(self, context, sample, temb=None):
+        return self.block(sample, context, temb)
+
+
+def call_named(self, hidden_states, encoder_hidden_states, temb=None):
+    return self.block(hidden_states, encoder_hidden_states, temb)
+
+
+class Names(PatchFunctor):
+    def _apply(self, transformer):
+        for block in transformer.blocks:
+            block.forward = call_named.__get__(block)
+
+
+class TestInAnAdapter:
+    """The functor is applied when the cache is enabled, before signatures are read, and undone when it is disabled."""
+
+    @pytest.fixture
+    def model(self):
+        model = make_toy()
+        model.blocks = nn.ModuleList(Renamed() for _ in range(4)).requires_grad_(False)
+        return model
+
+    def adapter(self, model, **fields):
+        return BlockAdapter(transformer=model, blocks=model.blocks, forward_pattern=ForwardPattern.Pattern_0,
+                            check_forward_pattern=True, patch_functor=Names(), **fields)  # fmt: skip
+
+    def test_enabled_and_disabled(self, model):
+        before = state(model)
+        with pytest.raises(ValueError, match="has no parameter 'hidden_states'"):
+            cachedit.enable_cache(dataclasses.replace(self.adapter(model), patch_functor=None), CONFIG)
+        for _ in range(2):
+            cachedit.enable_cache(self.adapter(model), CONFIG)
+            assert is_patched(model)
+            run_toy(model, 4)
+            assert cachedit.summary(model, logging=False)[0].cached_steps == [1, 2, 3]
+        cachedit.disable_cache(model)
+        assert state(model) == before
+
+    def test_a_config_that_does_not_fit_leaves_no_patch(self, model):
+        before = state(model)
+        with pytest.raises(ValueError, match="more than the 4 blocks"):
+            cachedit.enable_cache(self.adapter(model), DBCacheConfig(Fn_compute_blocks=9))
+        assert state(model) == before
+
+    def test_what_users_have_patched_stays_patched(self, model):
+        functor = Names()
+        functor.apply(model)
+        patched = state(model)
+        cachedit.enable_cache(self.adapter(model), CONFIG)
+        cachedit.disable_cache(model)
+        assert state(model) == patched
