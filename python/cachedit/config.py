@@ -40,6 +40,13 @@ class CacheType(Enum):
     def __str__(self) -> str:
         return self.value
 
+    @staticmethod
+    def type(type_hint: CacheType | str | None = None) -> CacheType:
+        """Same as :func:`cachedit.cache_type`."""
+        from .cache_types import cache_type
+
+        return cache_type(type_hint)
+
 
 @dataclasses.dataclass
 class _Config:
