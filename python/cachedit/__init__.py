@@ -35,6 +35,7 @@ from .pattern import ForwardPattern
 from .plot import plot_summary
 from .policy import Decision, StepPolicy, StepView
 from .stats import CacheStats
+from .teacache import TeaCacheConfig
 
 __all__ = [
     "BasicCacheConfig",
@@ -55,6 +56,7 @@ __all__ = [
     "StepPolicy",
     "StepView",
     "TaylorSeerCalibratorConfig",
+    "TeaCacheConfig",
     "__version__",
     "disable_cache",
     "drop_request",

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .mask import MASK_POLICIES, check_mask, steps_mask
 
@@ -35,6 +35,7 @@ class CacheType(Enum):
     NONE = "NONE"
     DBCache = "DBCache"
     DBPrune = "DBPrune"
+    TeaCache = "TeaCache"
 
     def __str__(self) -> str:
         return self.value
@@ -100,9 +101,6 @@ class BasicCacheConfig(_Config):
         force_refresh_step_hint: At this step of the transformer the cache starts over.
         force_refresh_step_policy: ``"once"`` per request, or ``"repeat"`` at each multiple of the hint.
     """
-
-    measures_signal: ClassVar[bool] = False
-    """Whether steps are measured by a tapped module's output (the model table says which), not by the head."""
 
     cache_type: CacheType = CacheType.DBCache
     Fn_compute_blocks: int = 8
@@ -220,6 +218,11 @@ class DBPruneConfig(BasicCacheConfig):
             raise TypeError(f"non_prune_block_ids must be a list of block numbers, got {self.non_prune_block_ids!r}")
         for position, block in enumerate(self.non_prune_block_ids):
             _check_int(f"non_prune_block_ids[{position}]", block, 0)
+
+    def prunable_blocks(self, total: int) -> frozenset[int]:
+        """Numbers of the blocks, of ``total``, that may be pruned."""
+        inner = range(self.Fn_compute_blocks, total - self.Bn_compute_blocks)
+        return frozenset(inner) - frozenset(self.non_prune_block_ids)
 
 
 @dataclasses.dataclass

@@ -20,6 +20,8 @@ from .config import BasicCacheConfig
 from .modifier import Settings
 from .pattern import BlockSignature
 from .request import DEFAULT, Branch, Request, Requests
+from .tap import Tap, make_tap
+from .teacache import TeaCacheConfig
 
 __all__ = ["Controller", "controller_of"]
 
@@ -79,9 +81,11 @@ class Controller:
                 self.lists.append((item.blocks, Link(index, section, offset, signature)))
                 offset += len(item.blocks)
             self.sections.append(section)
+        self.attached = False
+        self.tap: Tap | None = None
+        self._set_tap(make_tap(self.transformer, settings))
         self.requests = Requests()
         self.warned_about_grad = self.warned_about_idling = False
-        self.attached = False
 
     @property
     def config(self) -> BasicCacheConfig:
@@ -129,10 +133,21 @@ class Controller:
         for section, (config, _) in zip(self.sections, settings, strict=True):
             section.check(config)
             config.resolve_mask(steps)
+        tap = make_tap(self.transformer, settings)
         for section, chosen in zip(self.sections, settings, strict=True):
             section.configure(*chosen)
+        self._set_tap(tap)
         self.requests.clear()
         self.warned_about_idling = False
+
+    def _set_tap(self, tap: Tap | None) -> None:
+        if self.tap is not None and self.attached:
+            self.tap.detach()
+        self.tap = tap
+        for section in self.sections:
+            section.tap = tap if isinstance(section.config, TeaCacheConfig) else None
+        if tap is not None and self.attached:
+            tap.attach(self)
 
     @contextmanager
     def use_request(self, key: Hashable, total_steps: int | None) -> Iterator[None]:
@@ -178,7 +193,7 @@ class Controller:
             step = branch.step
             runs = branch.runs()
             try:
-                with run_sections(self, runs):
+                with run_sections(self, runs, branch, args, kwargs):
                     output = original(*args, **kwargs)
                 for run in runs:
                     run.close()
@@ -225,14 +240,14 @@ class Controller:
             diffs = [record.diff for record in records if record.diff is not None]
             reasons = Counter(record.reason for record in records)
             logger.warning(
-                "the cache never triggered on %s.%s in a request of %d steps: %s; the smallest residual diff was %s, "
-                "residual_diff_threshold is %s",
+                "the cache never triggered on %s.%s in a request of %d steps: %s; the smallest diff was %s, "
+                "the threshold is %s",
                 type(self.transformer).__name__,
                 section.name,
                 len(records),
                 ", ".join(f"{reason or 'not cached'} {count}x" for reason, count in reasons.items()),
                 f"{min(diffs):.4f}" if diffs else "never measured",
-                section.config.residual_diff_threshold,
+                state.policy.threshold,
             )
 
     # On and off
@@ -248,6 +263,8 @@ class Controller:
         _put(holder, name, CachedForward(self, getattr(holder, name)))
         for blocks, link in self.lists:
             intercept(blocks, self, link)
+        if self.tap is not None:
+            self.tap.attach(self)
         if hasattr(module, "cache_context"):
             _put(module, "cache_context", self.cache_context)
         _put(module, _ATTRIBUTE, self)
@@ -255,6 +272,8 @@ class Controller:
 
     def detach(self) -> None:
         """Take the cache off; what was there before is put back."""
+        if self.tap is not None and self.attached:
+            self.tap.detach()
         self.attached = False
         module = self.transformer
         for holder, name in _forward_slots(module):

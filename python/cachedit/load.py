@@ -25,6 +25,7 @@ from .config import (
 )
 from .document import Document, read_document
 from .mask import MASK_POLICIES, steps_mask
+from .teacache import TeaCacheConfig
 
 __all__ = ["load_cache_config", "load_configs", "load_options"]
 
@@ -40,7 +41,11 @@ class _Calibrator(NamedTuple):
     encoder: bool  # whether files forecast the encoder stream where they do not say
 
 
-_CACHE_TYPES: dict[str, type[BasicCacheConfig]] = {"DBCache": DBCacheConfig, "DBPrune": DBPruneConfig}
+_CACHE_TYPES: dict[str, type[BasicCacheConfig]] = {
+    "DBCache": DBCacheConfig,
+    "DBPrune": DBPruneConfig,
+    "TeaCache": TeaCacheConfig,
+}
 _SHARED_KEYS = {"calibrator_cache_type": "calibrator_cache_type"}
 _TAYLORSEER_KEYS = {
     "enable_encoder_taylorseer": "enable_encoder_calibrator",
@@ -209,7 +214,7 @@ def _calibrator_config(given: Mapping[str, Any], where: str) -> CalibratorConfig
 def _build(config_class: type[AnyConfig], values: dict[str, Any], where: str, names: Mapping[str, str]) -> AnyConfig:
     """Make a configuration from ``values``, converted in place; ``names`` is what the file calls a field."""
     for field, kind in itertools.product(dataclasses.fields(config_class), (bool, float)):  # validate() does the rest
-        if field.name in values and kind.__name__ in str(field.type):
+        if field.name in values and kind.__name__ in str(field.type).split(" | "):
             values[field.name] = _typed(values[field.name], kind, where + names.get(field.name, field.name))
     config = config_class(**values)
     try:

@@ -66,7 +66,7 @@ class HeadResidual:
     def measure(self, seen: Measured) -> float:
         if not self.known or self.anchor is None:
             return math.inf
-        return relative(kernels.residual_l1([seen.before], [seen.after], [self.anchor]))
+        return relative(kernels.residual_l1([seen.before], [seen.after], [self.anchor]))[0]
 
     def keep(self, seen: Measured, computed: bool) -> None:
         if not computed:
@@ -102,7 +102,7 @@ class SignalChange:
     def measure(self, seen: Measured) -> float:
         if not self.known or self.previous is None or seen.signal is None or not _alike(self.previous, seen.signal):
             return math.inf
-        return relative(kernels.l1([self.previous], [seen.signal]))
+        return relative(kernels.l1([self.previous], [seen.signal]))[0]
 
     def keep(self, seen: Measured, computed: bool) -> None:
         if seen.signal is None:
@@ -121,14 +121,9 @@ class SignalChange:
         self.known = False
 
 
-def relative(sums: torch.Tensor) -> float:
-    """Read ``[[moved, size]]`` back and return their ratio; this waits for the device."""
-    moved: float
-    size: float
-    moved, size = sums.tolist()[0]
-    if size == 0.0:
-        return 0.0 if moved == 0.0 else math.inf
-    return moved / size
+def relative(sums: torch.Tensor) -> list[float]:
+    """Read rows of ``[moved, size]`` back and return their ratios; this waits for the device."""
+    return [moved / size if size != 0.0 else 0.0 if moved == 0.0 else math.inf for moved, size in sums.tolist()]
 
 
 def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:

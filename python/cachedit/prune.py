@@ -25,6 +25,8 @@ __all__ = ["PruneRun", "PruneState"]
 SAMPLED = 4  # of so many tokens one is compared, with force_reduce_calibrator_vram
 LEADING = 5  # differences that the dynamic threshold follows
 
+Outputs = list[torch.Tensor] | None  # None: the block is computed
+
 
 class _Block:
     """What is known of one block: its input when it was last computed, and its residuals."""
@@ -42,13 +44,16 @@ class PruneState(State):
     Args:
         config: Validated cache configuration.
         calibrator_config: Validated calibrator configuration, or None for plain reuse.
+        total: Number of blocks.
     """
 
     config: DBPruneConfig
 
-    def __init__(self, config: DBPruneConfig, calibrator_config: CalibratorConfig | None):
+    def __init__(self, config: DBPruneConfig, calibrator_config: CalibratorConfig | None, total: int):
         super().__init__(config, calibrator_config)
+        self.prunable = config.prunable_blocks(total)
         self.blocks: dict[int, _Block] = {}
+        self.runs: dict[int, int] = {}  # by block: how many in a row were pruned from there at the step before
         reduced = config.force_reduce_calibrator_vram and calibrator_config is not None
         self.stride = SAMPLED if reduced else 1
         self.begin(None)
@@ -67,7 +72,7 @@ class PruneState(State):
         inputs = sum(block.previous.nbytes for block in self.blocks.values() if block.previous is not None)
         return inputs + sum(block.residuals.bytes_held for block in self.blocks.values())
 
-    # One step: open(), for each block prunes(), then forecast() or keep_input() and store(), then close().
+    # One step: open(), for each block prune(), else keep_input() and store(), then close().
 
     def open(self, streams: list[torch.Tensor]) -> None:
         """The first block of a step that may be pruned gets these streams: decide what concerns all blocks."""
@@ -76,27 +81,61 @@ class PruneState(State):
         self.check_streams(streams)
         self.verdict = self.policy.plan()
         self.diffs: list[float] = []
-        self.pruned = 0
+        self.pruned: set[int] = set()
+        self.decided: dict[int, tuple[list[torch.Tensor], Outputs]] = {}  # by block: inputs, outputs
 
-    def prunes(self, number: int, hidden: torch.Tensor) -> bool:
-        """Decide one block by its input; waits for the device if the step leaves it to the difference."""
-        block = self.blocks.get(number)
-        if self.verdict is Decision.COMPUTE or block is None or not block.residuals.steps:
+    def prune(self, number: int, streams: list[torch.Tensor]) -> Outputs:
+        """Return what a block that is pruned passes on, or None for one that is to be computed."""
+        if self.verdict is Decision.COMPUTE or not self._is_stored(number):
+            return None
+        if self.verdict is Decision.REUSE:
+            outputs: Outputs = self._forecast(number, streams)
+        else:
+            inputs, outputs = self.decided.pop(number, ([], None))
+            if len(inputs) != len(streams) or any(a is not b for a, b in zip(inputs, streams, strict=True)):
+                self._decide_from(number, streams)
+                outputs = self.decided.pop(number)[1]
+        if outputs is not None:
+            self.pruned.add(number)
+        return outputs
+
+    def _decide_from(self, number: int, streams: list[torch.Tensor]) -> None:
+        """Decide a block, and with it as many as were pruned after it at the step before, waiting once for all.
+
+        Each block is measured on what the one before passes on if it is pruned; what was found beyond the first block
+        that is not pruned is void. A loop that changes the streams between blocks is noticed when they come.
+        """
+        numbers = [number]
+        while len(numbers) <= self.runs.get(number, 0) and self._is_stored(numbers[-1] + 1):
+            numbers.append(numbers[-1] + 1)
+        inputs = [streams]
+        sums: list[torch.Tensor] = []
+        for n in numbers:
+            if sums:
+                inputs.append(self._forecast(n - 1, inputs[-1]))
+            sums.append(kernels.l1([self.blocks[n].previous], [self._sample(inputs[-1][0])]))  # type: ignore[list-item]
+        self.decided.clear()
+        for i, diff in enumerate(relative(sums[0] if len(sums) == 1 else torch.cat(sums))):
+            outputs: Outputs = None
+            if self._below_threshold(diff):
+                outputs = inputs[i + 1] if i + 1 < len(inputs) else self._forecast(numbers[i], inputs[i])
+            self.decided[numbers[i]] = inputs[i], outputs
+            if outputs is None:
+                return
+
+    def _below_threshold(self, diff: float) -> bool:
+        if not math.isfinite(diff):
+            self.policy.nonfinite += 1
             return False
-        if self.verdict is Decision.MEASURE:
-            threshold = self._threshold()
-            diff = relative(kernels.l1([block.previous], [self._sample(hidden)]))  # type: ignore[list-item]
-            if not math.isfinite(diff):
-                self.policy.nonfinite += 1
-                return False
-            self.diffs.append(diff)
-            self.policy.reason = "diff"
-            return diff < threshold
-        return True
+        threshold = self._threshold()
+        self.diffs.append(diff)
+        self.policy.reason = "diff"
+        return diff < threshold
 
-    def forecast(self, number: int, streams: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Forecast the outputs of a pruned block from its inputs."""
-        self.pruned += 1
+    def _is_stored(self, number: int) -> bool:
+        return number in self.blocks and bool(self.blocks[number].residuals.steps)
+
+    def _forecast(self, number: int, streams: list[torch.Tensor]) -> list[torch.Tensor]:
         return self.blocks[number].residuals.forecast(self.policy.step, streams)
 
     def keep_input(self, number: int, hidden: torch.Tensor) -> None:
@@ -117,9 +156,13 @@ class PruneState(State):
         if not opened:
             self.policy.record(Decision.COMPUTE, None, stored=False, blocks=blocks)
             return
+        run = 0
+        for number in sorted(self.prunable, reverse=True):
+            run = run + 1 if number in self.pruned else 0
+            self.runs[number] = run
         diff = statistics.fmean(self.diffs) if self.diffs else None
         decision = Decision.REUSE if self.pruned else Decision.COMPUTE
-        self.policy.record(decision, diff, pruned=self.pruned, blocks=blocks)
+        self.policy.record(decision, diff, pruned=len(self.pruned), blocks=blocks)
 
     def _threshold(self) -> float:
         config = self.config
@@ -153,11 +196,9 @@ class PruneRun:
         self.bypassed = False
 
     def sites(self, link: Link, blocks: list[nn.Module]) -> Iterator[Any]:
-        section = self.section
-        exempt = set(section.config.non_prune_block_ids) if isinstance(section.config, DBPruneConfig) else set()
         pattern = link.signature.pattern
         for number, block in enumerate(blocks, link.offset):
-            if section.first <= number <= section.last and number not in exempt:
+            if number in self.state.prunable:
                 yield _Prunable(block, self, link, number)
             elif pattern.Forward_H_only and not pattern.Return_H_Only:
                 yield _Tracked(block, self, link)
@@ -185,8 +226,9 @@ class PruneRun:
         if not self.opened:
             state.open(streams)
             self.opened = True
-        if state.prunes(number, hidden):
-            outputs = state.forecast(number, streams)
+        pruned = state.prune(number, streams)
+        if pruned is not None:
+            outputs = pruned
             self.encoder = outputs[1] if len(outputs) == 2 else None
             return pattern.pack(outputs[0], self.encoder)
         state.keep_input(number, hidden)

@@ -53,6 +53,7 @@ class Branch:
 
     def begin(self, total_steps: int | None) -> None:
         """Start a request."""
+        self.grid: tuple[int, ...] | None = None  # of tokens, for SeaCache
         for state in self.states:
             state.begin(total_steps)
 
@@ -201,8 +202,8 @@ class Requests:
 def _new_state(section: Section) -> State:
     config = section.config
     if isinstance(config, DBPruneConfig):
-        return PruneState(config, section.calibrator_config)
-    return SectionState(config, section.calibrator_config)
+        return PruneState(config, section.calibrator_config, section.total)
+    return SectionState(config, section.calibrator_config, section.tap)
 
 
 def _new_run(section: Section, state: State) -> Run:

@@ -125,6 +125,11 @@ class CacheStats:
         return next((b for name, b in self.branches.items() if name in _UNCONDITIONAL), BranchStats())
 
     @property
+    def bytes_held(self) -> int:
+        """Bytes held for all branches."""
+        return sum(branch.bytes_held for branch in self.branches.values())
+
+    @property
     def computed_steps(self) -> list[int]:
         return self.main.computed_steps
 

@@ -179,7 +179,7 @@ def test_what_is_no_mask(mask):
         ({"residual_diff_threshold": "high"}, "residual_diff_threshold must be a number, got 'high'"),
         ({"max_accumulated_residual_diff_threshold": [1]}, r"max_accumulated_.*_threshold must be a number, got \[1\]"),
         ({"steps_computation_policy": "slow"}, "steps_computation_policy must be one of 'dynamic', 'static', got 'sl"),
-        ({"cache_type": "FBCache"}, "cache_type must be one of DBCache, DBPrune, got FBCache"),
+        ({"cache_type": "FBCache"}, "cache_type must be one of DBCache, DBPrune, TeaCache, got FBCache"),
         ({"cache_type": "DBPrune", "non_prune_block_id": [1]}, "non_prune_block_id: did you mean non_prune_block_ids"),
         ({"non_prune_block_ids": [1]}, "non_prune_block_ids: goes with cache_type DBPrune only, not with DBCache"),
         ({"enable_taylorseer": "yes"}, "enable_taylorseer must be true or false, got 'yes'"),

@@ -7,7 +7,7 @@ import cachedit
 import cachedit_kernels
 from cachedit import BlockAdapter, DBPruneConfig, ForwardPattern, TaylorSeerCalibratorConfig
 from cachedit.forecast import taylor_weights
-from toys import make_toy, run_toy, toy_inputs
+from toys import Toy, make_toy, run_toy, toy_inputs
 
 STEPS = 12
 
@@ -20,7 +20,7 @@ def enable(model, calibrator=None, **settings):
 
 def records(model):
     (stats,) = cachedit.summary(model, logging=False)
-    return stats.branches["default"]
+    return stats.branches["default"].records
 
 
 def reference(model, total, threshold, exempt, warmup=2, order=0, dynamic=None, last=-1):
@@ -163,6 +163,49 @@ def waits(monkeypatch):
     return calls
 
 
+def test_blocks_that_were_pruned_together_are_decided_together(waits):
+    model = make_toy()
+    enable(model, residual_diff_threshold=1e9)
+    counts = []
+    with torch.no_grad():
+        for step in range(5):
+            model(**toy_inputs(step, STEPS))
+            counts.append(len(waits))
+            waits.clear()
+    assert counts == [0, 0, 5, 1, 1]  # at most one per block, and one per step once it is known which go together
+
+
+class Controlled(Toy):
+    """Adds to hidden_states between blocks, as ControlNet does."""
+
+    def forward(self, hidden_states, encoder_hidden_states, timestep):
+        hidden, encoder = self.project(hidden_states), encoder_hidden_states
+        for number, block in enumerate(self.blocks):
+            hidden, encoder = block(hidden, encoder, None)
+            if number % 2:
+                hidden = hidden + 0.01 * timestep.reshape(-1, 1, 1)
+        return hidden
+
+
+def test_a_loop_that_changes_the_streams_between_blocks(waits):
+    """What was decided together is void then: every block is measured on, and adds to, what it really gets."""
+    torch.manual_seed(0)
+    model = Controlled().eval().requires_grad_(False)
+    results, counts = [], []
+    for together in (True, False):
+        enable(model, residual_diff_threshold=1e9)
+        waits.clear()
+        with torch.no_grad():
+            for step in range(5):
+                results.append(model(**toy_inputs(step, STEPS)))
+                if not together:
+                    model._cachedit_controller.branches["default"].states[0].runs.clear()
+        assert [record.pruned for record in records(model)] == [0, 0, 5, 5, 5]
+        counts.append(len(waits))
+    assert counts == [5 + 3 + 3, 5 + 5 + 5]  # together: block 1, blocks 2 and 3, blocks 4 and 5
+    assert all(torch.equal(a, b) for a, b in zip(results[:5], results[5:], strict=True))
+
+
 def test_a_static_mask_never_waits(waits):
     model = make_toy()
     enable(model, steps_computation_mask=[1, 1, 0, 0, 1, 0], steps_computation_policy="static")
@@ -180,8 +223,8 @@ def test_nan_computes_and_is_counted():
                 inputs["hidden_states"][0, 0, 0] = math.nan
             model(**inputs)
     (stats,) = cachedit.summary(model, logging=False)
-    assert [record.pruned for record in stats.branches["default"]][3:5] == [0, 0]
-    assert stats.nonfinite_diffs == 10  # the inputs kept at step 3 are compared with at step 4
+    assert [record.pruned for record in stats.branches["default"].records][3:5] == [0, 0]
+    assert stats.main.nonfinite_diffs == 10  # the inputs kept at step 3 are compared with at step 4
 
 
 def test_reduced_memory_keeps_a_quarter_of_the_inputs():
@@ -198,16 +241,15 @@ def test_reduced_memory_keeps_a_quarter_of_the_inputs():
 
 def test_an_exception_in_a_block_starts_afresh():
     model = make_toy()
-    enable(model, residual_diff_threshold=1e9)
+    enable(model, residual_diff_threshold=1e9, non_prune_block_ids=[5])
     run_toy(model, 3)
     handle = model.blocks[5].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(ValueError("broken")))
-    model._cachedit_controller.sections[0].config.non_prune_block_ids.append(5)
     with torch.no_grad(), pytest.raises(ValueError, match="broken"):
         model(**toy_inputs(3, 8))
     handle.remove()
     with torch.no_grad():
         model(**toy_inputs(3, 8))
-    assert [record.pruned for record in records(model)] == [0, 0, 5, 0]
+    assert [record.pruned for record in records(model)] == [0, 0, 4, 0]
 
 
 @pytest.mark.parametrize(
