@@ -219,6 +219,8 @@ def main() -> int:
         if model.name in arguments.models and cases:
             subject = Subject.of(model)
             rows += [compare(subject, model, case, arguments.rounds) for case in cases]
+            if not torch.equal(subject.run(subject.pipe), subject.plain):
+                raise RuntimeError(f"{model.name}: the copies were not apart, the original draws something else now")
     append(arguments.csv, rows)
     console = Console() if sys.stdout.isatty() else Console(width=240)
     console.print(f"cachedit {cachedit.__version__} and cache_dit {cache_dit.__version__}, in this order")
