@@ -7,7 +7,7 @@
     ring_gram(ring, slots=None, per_sample=False)        -> float32 [S, K, K] or [S, B, K, K]
 
 Every argument is a list with one tensor per stream. The operators are also `torch.ops.cachedit.*`, know fake tensors
-and compile. `backends()` tells which implementation serves which device. The engine's main names (`enable_cache`,
+and compile. `backends()` tells which implementation serves which device. All names of the engine (`enable_cache`,
 `BlockAdapter` and so on) can be imported from here too; they come from the package `cachedit`, loaded when first used.
 """
 
@@ -23,36 +23,21 @@ from cachedit_kernels.residual import l1, residual_l1, residual_push
 
 __version__ = "0.1.0"
 
-_ENGINE = (
-    "BlockAdapter",
-    "DBCacheConfig",
-    "DMDCalibratorConfig",
-    "FoCaCalibratorConfig",
-    "ForwardPattern",
-    "HermiteCalibratorConfig",
-    "TaylorSeerCalibratorConfig",
-    "disable_cache",
-    "enable_cache",
-    "load_cache_config",
-    "load_configs",
-    "load_options",
-    "refresh_context",
-    "steps_mask",
-    "summary",
-)
-
 __all__ = ["Backend", "backends", "l1", "residual_forecast", "residual_l1", "residual_push", "ring_gram"]
 
 _backend.register()
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ENGINE:
+    if not name.startswith("_"):
         import cachedit
 
-        return getattr(cachedit, name)
+        if name in cachedit.__all__:
+            return getattr(cachedit, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ENGINE})
+    import cachedit
+
+    return sorted({*globals(), *cachedit.__all__})

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from .models import MODELS, find_entry
-from .pattern import ForwardPattern
+from .auto import Search, find_blocks
+from .models import MODELS, calls_branches_in_turn, find_entry
+from .modifier import ParamsModifier, modifiers_per_transformer
+from .patch_functor import PatchFunctor
+from .pattern import ForwardPattern, check_outputs
 
 __all__ = ["BlockAdapter", "NamedBlocks", "TransformerPlan", "plan_for"]
+
+_PREFIXES = ["transformer", "single_transformer", "blocks", "layers", "single_stream_blocks", "double_stream_blocks"]
+_SUFFIXES = ["TransformerBlock"]
 
 Nested = Any  # one value, a list (per block list or per transformer), or a list of lists
 
@@ -26,17 +32,24 @@ class NamedBlocks(NamedTuple):
 
 
 class TransformerPlan(NamedTuple):
-    """A transformer and its sections: lists in one section share a decision."""
+    """A transformer and its sections: lists in one section share a decision.
+
+    ``modifiers`` has one entry per block list, through all sections in order.
+    """
 
     transformer: nn.Module
     sections: list[list[NamedBlocks]]
     check_forward_pattern: bool
     has_separate_cfg: bool
+    modifiers: list[ParamsModifier | None]
+    patch_functor: PatchFunctor | None = None
 
 
 @dataclasses.dataclass
 class BlockAdapter:
     """Describes the blocks of a pipeline or a transformer that the cache should serve.
+
+    Nothing is looked at or changed before the adapter is given to ``enable_cache``.
 
     Args:
         pipe: The pipeline, if there is one: its ``progress_bar`` then tells when a request starts.
@@ -45,10 +58,24 @@ class BlockAdapter:
             per transformer. Default: looked up by ``blocks_name``.
         blocks_name: Name or names of the block lists within the transformer, nested like ``blocks``. Default: found
             by identity.
+        unique_blocks_name: Without effect: block lists stay where they are and need no other names.
+        dummy_blocks_names: Without effect: no list is replaced by a dummy.
         forward_pattern: Pattern of the lists, nested like ``blocks``; one pattern stands for all lists.
-        check_forward_pattern: Check patterns against the blocks' signatures. Default: only for blocks whose forward
-            names its streams hidden_states.
+        params_modifiers: ``ParamsModifier`` objects or None, nested like ``blocks``; one stands for all lists.
+        check_forward_pattern: Check patterns against the names of the blocks' parameters. Default: only for blocks
+            whose forward names its streams hidden_states.
+        check_num_outputs: Check patterns against the blocks' return annotations as well.
+        patch_functor: Patches the transformers when the cache is enabled; undone when it is disabled.
         has_separate_cfg: The transformer is called once per guidance branch, in turn.
+        auto: Where neither ``blocks`` nor ``blocks_name`` is given, find one block list per transformer: among those
+            that the six fields below allow and whose blocks' signatures fit ``forward_pattern``, the longest. Without
+            a ``forward_pattern``, signatures must tell it.
+        allow_prefixes: Beginnings of the names of block lists.
+        check_prefixes: Whether ``allow_prefixes`` matter.
+        allow_suffixes: Ends of the class names of blocks.
+        check_suffixes: Whether ``allow_suffixes`` matter.
+        blocks_policy: ``"max"`` takes the longest list, ``"min"`` the shortest.
+        skip_post_init: Without effect: nothing is done when an adapter is made.
         linked: Whether all block lists of a transformer carry the same streams and share one decision, so that a
             reused step skips the later lists whole. Default: as the model table says, else False.
 
@@ -60,9 +87,21 @@ class BlockAdapter:
     transformer: Nested = None
     blocks: Nested = None
     blocks_name: Nested = None
+    unique_blocks_name: Nested = dataclasses.field(default_factory=list)
+    dummy_blocks_names: Nested = dataclasses.field(default_factory=list)
     forward_pattern: Nested = None
+    params_modifiers: Nested = None
     check_forward_pattern: bool | None = None
+    check_num_outputs: bool = False
+    patch_functor: PatchFunctor | None = None
     has_separate_cfg: bool = False
+    auto: bool = False
+    allow_prefixes: list[str] = dataclasses.field(default_factory=_PREFIXES.copy)
+    check_prefixes: bool = True
+    allow_suffixes: list[str] = dataclasses.field(default_factory=_SUFFIXES.copy)
+    check_suffixes: bool = False
+    blocks_policy: str = "max"
+    skip_post_init: bool = False
     linked: bool | None = None
 
     def plans(self) -> list[TransformerPlan]:
@@ -72,21 +111,22 @@ class BlockAdapter:
             transformer = getattr(self.pipe, "transformer", None)
         if transformer is None:
             raise ValueError("transformer: give BlockAdapter a transformer, or a pipe that has one")
-        if not isinstance(transformer, (list, tuple)):
-            return [self._plan("", transformer, self.blocks, self.blocks_name, self.forward_pattern)]
-        count = len(transformer)
-        per_transformer = (
-            _spread("blocks", self.blocks, count, nn.ModuleList),
-            _spread("blocks_name", self.blocks_name, count, str),
-            _spread("forward_pattern", self.forward_pattern, count, ForwardPattern),
+        transformers = list(transformer) if isinstance(transformer, (list, tuple)) else [transformer]
+        fields = (
+            _per_transformer(name, getattr(self, name), len(transformers))
+            for name in ("blocks", "blocks_name", "forward_pattern")
         )
-        fields = zip(transformer, *per_transformer, strict=True)
-        return [self._plan(f"[{i}]", *values) for i, values in enumerate(fields)]
+        where = [""] if len(transformers) == 1 else [f"[{i}]" for i in range(len(transformers))]
+        plans = [self._plan(*values) for values in zip(where, transformers, *fields, strict=True)]
+        modifiers = modifiers_per_transformer(self.params_modifiers, [len(plan.modifiers) for plan in plans])
+        return [plan._replace(modifiers=chosen) for plan, chosen in zip(plans, modifiers, strict=True)]
 
     def _plan(self, where: str, transformer: Any, blocks: Nested, names: Nested, patterns: Nested) -> TransformerPlan:
         if not isinstance(transformer, nn.Module):
             raise TypeError(f"transformer{where} must be a torch.nn.Module, got {type(transformer).__name__}")
         transformer = getattr(transformer, "_orig_mod", transformer)  # torch.compile's wrapper
+        if self.auto and blocks is None and names is None:
+            names, patterns = find_blocks(transformer, _auto_pattern(where, patterns), self._search())
         lists = _find_lists(where, transformer, _as_list(blocks), _as_list(names))
         chosen = _as_list(patterns)
         if not chosen:
@@ -101,20 +141,29 @@ class BlockAdapter:
             NamedBlocks(name, blocks, _as_pattern(where, pattern))
             for (name, blocks), pattern in zip(lists, chosen, strict=True)
         ]
+        if self.check_num_outputs:
+            for item in named:
+                check_outputs(item.blocks[0], item.pattern)
+        if not isinstance(self.patch_functor, PatchFunctor | None):
+            raise TypeError(f"patch_functor must be a PatchFunctor, got {_describe(self.patch_functor)}")
         return TransformerPlan(
-            transformer, self._sections(where, transformer, named), self._checks(named), self.has_separate_cfg
+            transformer,
+            self._sections(where, transformer, named),
+            self._checks(named),
+            self.has_separate_cfg,
+            [None] * len(lists),
+            self.patch_functor,
         )
 
+    def _search(self) -> Search:
+        return Search(**{name: getattr(self, name) for name in Search._fields})
+
     def _sections(self, where: str, transformer: nn.Module, named: list[NamedBlocks]) -> list[list[NamedBlocks]]:
-        linked = self.linked
-        if linked is None:
-            entry = find_entry(transformer)
-            names = {item.name for item in named}
-            linked = entry is not None and any(names <= {item.name for item in group} for group in entry.sections)
-        if not linked or len(named) == 1:
+        if self.linked is None:
+            return _sections_by_table(transformer, named)
+        if not self.linked:
             return [[item] for item in named]
-        streams = {(frozenset(item.pattern.In), frozenset(item.pattern.Out)) for item in named}
-        if len(streams) > 1:
+        if len({_streams(item) for item in named}) > 1:
             raise ValueError(
                 f"linked{where}: block lists can only share a decision if they take and return the same "
                 f"streams, got {', '.join(f'{item.name}: {item.pattern.name}' for item in named)}"
@@ -127,8 +176,12 @@ class BlockAdapter:
         return all("hidden_states" in _parameter_names(item.blocks[0]) for item in named)
 
 
-def plan_for(transformer: nn.Module) -> TransformerPlan:
+def plan_for(transformer: nn.Module, pipe: Any = None) -> TransformerPlan:
     """Plan a transformer from the model table.
+
+    Args:
+        transformer: The transformer.
+        pipe: The pipeline that calls it, where there is one: its class says how guidance does so.
 
     Raises:
         ValueError: If its class is not in the table.
@@ -144,7 +197,20 @@ def plan_for(transformer: nn.Module) -> TransformerPlan:
         [NamedBlocks(item.name, _get_list("", transformer, item.name), item.pattern) for item in group]
         for group in entry.sections
     ]
-    return TransformerPlan(transformer, sections, True, False)
+    separate = calls_branches_in_turn(pipe)
+    return TransformerPlan(transformer, sections, True, separate, [None] * sum(map(len, sections)))
+
+
+def _sections_by_table(transformer: nn.Module, named: list[NamedBlocks]) -> list[list[NamedBlocks]]:
+    """Neighbours share a decision where the model table has them in one group (and their patterns allow it)."""
+    entry = find_entry(transformer)
+    group_of = {item.name: i for i, group in enumerate(entry.sections if entry else ()) for item in group}
+    key = {item.name: (group_of.get(item.name, item.name), _streams(item)) for item in named}
+    return [list(items) for _, items in groupby(named, lambda item: key[item.name])]
+
+
+def _streams(item: NamedBlocks) -> tuple[frozenset[str], frozenset[str]]:
+    return frozenset(item.pattern.In), frozenset(item.pattern.Out)
 
 
 def _as_list(value: Nested) -> list[Any]:
@@ -154,12 +220,23 @@ def _as_list(value: Nested) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _spread(name: str, value: Nested, count: int, single: type) -> list[Nested]:
-    if value is None or isinstance(value, single):
+def _per_transformer(name: str, value: Nested, count: int) -> list[Nested]:
+    """One entry per transformer. A single transformer may have its entry with or without a list around."""
+    if count == 1:
+        values = _as_list(value)
+        return values if len(values) == 1 and isinstance(values[0], (list, tuple)) else [value]
+    if not isinstance(value, (list, tuple)):
         return [value] * count
-    if not isinstance(value, Sequence) or len(value) != count:
+    if len(value) != count:
         raise ValueError(f"{name}: expected one entry per transformer ({count}), got {_describe(value)}")
     return list(value)
+
+
+def _auto_pattern(where: str, patterns: Nested) -> ForwardPattern | None:
+    values = _as_list(patterns)
+    if len(values) > 1:
+        raise ValueError(f"forward_pattern{where}: auto finds one block list, got {len(values)} patterns")
+    return _as_pattern(where, values[0]) if values else None
 
 
 def _find_lists(

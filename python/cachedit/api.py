@@ -10,9 +10,12 @@ from typing import Any
 from torch import nn
 
 from .adapter import BlockAdapter, TransformerPlan, plan_for
+from .attention import set_attention_backend
 from .config import BasicCacheConfig, CacheType, CalibratorConfig, DBCacheConfig
 from .controller import Controller, controller_of
+from .models import find_transformers
 from .modifier import Settings, modified, modifiers_per_transformer, settings_per_section
+from .register import BlockAdapterRegister
 from .stats import CacheStats, collect, format_table
 from .watch import PipelineWatch
 
@@ -27,8 +30,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-_PIPELINE_TRANSFORMERS = ("transformer", "transformer_2")
 
 
 def enable_cache(
@@ -70,11 +71,14 @@ def enable_cache(
     for name, value in (("parallelism_config", parallelism_config), ("quantize_config", quantize_config)):
         if value is not None:
             raise NotImplementedError(f"{name} is not available in this version of cachedit yet, got {value!r}")
+    if attention_backend is not None and cache_config is None:
+        set_attention_backend(pipe_or_adapter, attention_backend)
+        return pipe_or_adapter
     pipe, plans = _plans(pipe_or_adapter)
     common = Settings(DBCacheConfig() if cache_config is None else cache_config, calibrator_config)
     common.check()
     if params_modifiers is None:
-        params_modifiers = getattr(pipe_or_adapter, "params_modifiers", None)
+        params_modifiers = [plan.modifiers for plan in plans]
     controllers = []
     counts = [sum(len(group) for group in plan.sections) for plan in plans]
     for plan, modifiers in zip(plans, modifiers_per_transformer(params_modifiers, counts), strict=True):
@@ -83,9 +87,7 @@ def enable_cache(
             each.check()
         controllers.append(Controller(plan._replace(sections=groups), settings))
     if attention_backend is not None:
-        _set_attention_backend([plan.transformer for plan in plans], attention_backend)
-        if cache_config is None:
-            return pipe_or_adapter
+        set_attention_backend([plan.transformer for plan in plans], attention_backend)
     if common.config.cache_type is CacheType.NONE:
         logger.info("cache_type is NONE: nothing is enabled on %s", type(pipe_or_adapter).__name__)
         return pipe_or_adapter
@@ -237,22 +239,18 @@ def summary(adapter_or_others: Any, details: bool = False, logging: bool = True)
 
 def _plans(target: Any) -> tuple[Any, list[TransformerPlan]]:
     """The pipeline, if there is one, and a plan per transformer."""
-    if isinstance(target, BlockAdapter):
-        return target.pipe, target.plans()
+    adapter = target if isinstance(target, BlockAdapter) else BlockAdapterRegister.registered(target)
+    if adapter is not None:
+        return adapter.pipe, adapter.plans()
     if isinstance(target, nn.Module):
         return None, [plan_for(target)]
-    transformers = _pipeline_transformers(target)
+    transformers = find_transformers(target)
     if not transformers:
         raise TypeError(
             "pipe_or_adapter must be a pipeline with a transformer, a torch.nn.Module or a BlockAdapter, "
             f"got {type(target).__name__}"
         )
-    return target, [plan_for(transformer) for transformer in transformers]
-
-
-def _pipeline_transformers(pipe: Any) -> list[nn.Module]:
-    found = [getattr(pipe, name, None) for name in _PIPELINE_TRANSFORMERS]
-    return [module for module in found if isinstance(module, nn.Module)]
+    return target, [plan_for(transformer, target) for transformer in transformers]
 
 
 def _controllers(target: Any) -> list[Controller]:
@@ -265,7 +263,7 @@ def _controllers(target: Any) -> list[Controller]:
         watched = PipelineWatch.of(target)
         if watched is not None:
             return watched.controllers
-        modules = list(_pipeline_transformers(target))
+        modules = list(find_transformers(target))
     return [c for c in map(controller_of, modules) if c is not None]
 
 
@@ -274,14 +272,6 @@ def _enabled(name: str, target: Any) -> list[Controller]:
     if not controllers:
         raise ValueError(f"{name}: the cache is not enabled on this {type(target).__name__}")
     return controllers
-
-
-def _set_attention_backend(transformers: list[nn.Module], name: str) -> None:
-    unable = [type(module).__name__ for module in transformers if not hasattr(module, "set_attention_backend")]
-    if unable:
-        raise NotImplementedError(f"attention_backend: {unable[0]} has no set_attention_backend; diffusers models have")
-    for transformer in transformers:
-        transformer.set_attention_backend(name)  # type: ignore[operator]
 
 
 def _announce(controller: Controller, pipe: Any) -> None:

@@ -10,13 +10,16 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
 from .config import BasicCacheConfig, CalibratorConfig
 from .pattern import BlockSignature
+
+if TYPE_CHECKING:
+    from .tap import Tap
 
 __all__ = [
     "Guard",
@@ -55,6 +58,7 @@ class Section:
         self.configure(config, calibrator_config)
         # Whether blocks write into their inputs; None until the first computed step has shown it.
         self.in_place: bool | None = None
+        self.tap: Tap | None = None  # of TeaCache
 
     def check(self, config: BasicCacheConfig) -> None:
         """Raise a ValueError if ``config`` asks for more blocks than there are."""
@@ -222,14 +226,22 @@ class run_sections:
     Args:
         controller: The transformer's controller.
         sections: One run per section.
+        branch: The guidance branch that this forward belongs to.
+        args: Positional arguments of the forward.
+        kwargs: Its other arguments.
     """
 
-    __slots__ = ("controller", "outer", "sections", "signal")
+    __slots__ = ("args", "branch", "controller", "kwargs", "outer", "sections", "signal")
 
-    def __init__(self, controller: Any, sections: Sequence[Run]):
+    def __init__(
+        self, controller: Any, sections: Sequence[Run], branch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ):
         self.controller = controller
         self.sections = sections
-        self.signal: torch.Tensor | None = None  # output of the tapped module, once it has run
+        self.branch = branch
+        self.args = args
+        self.kwargs = kwargs
+        self.signal: torch.Tensor | None = None  # of TeaCache, once the tapped module has run
 
     def __enter__(self) -> run_sections:
         self.outer = current_run()

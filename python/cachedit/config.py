@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .mask import MASK_POLICIES, check_mask, steps_mask
 
@@ -35,9 +35,17 @@ class CacheType(Enum):
     NONE = "NONE"
     DBCache = "DBCache"
     DBPrune = "DBPrune"
+    TeaCache = "TeaCache"
 
     def __str__(self) -> str:
         return self.value
+
+    @staticmethod
+    def type(type_hint: CacheType | str | None = None) -> CacheType:
+        """Same as :func:`cachedit.cache_type`."""
+        from .cache_types import cache_type
+
+        return cache_type(type_hint)
 
 
 @dataclasses.dataclass
@@ -100,9 +108,6 @@ class BasicCacheConfig(_Config):
         force_refresh_step_hint: At this step of the transformer the cache starts over.
         force_refresh_step_policy: ``"once"`` per request, or ``"repeat"`` at each multiple of the hint.
     """
-
-    measures_signal: ClassVar[bool] = False
-    """Whether steps are measured by a tapped module's output (the model table says which), not by the head."""
 
     cache_type: CacheType = CacheType.DBCache
     Fn_compute_blocks: int = 8

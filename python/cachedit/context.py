@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -12,6 +12,10 @@ from .config import BasicCacheConfig, CalibratorConfig
 from .metric import HeadResidual, Measured, Metric, SignalChange
 from .policy import Decision, Policy
 from .store import ResidualStore
+from .teacache import TeaCacheConfig
+
+if TYPE_CHECKING:
+    from .tap import Tap
 
 __all__ = ["SectionState", "State", "StreamSpec"]
 
@@ -50,8 +54,12 @@ class State:
 
     def begin(self, total_steps: int | None) -> None:
         """Start a request: forget what is stored and the statistics; buffers stay allocated."""
-        self.policy = self.config.make_policy(total_steps)
+        self.policy = self.make_policy(total_steps)
         self.forget()
+
+    def make_policy(self, total_steps: int | None) -> Policy:
+        """Return the policy of a request."""
+        return self.config.make_policy(total_steps)
 
     def forget(self) -> None:
         """Drop what is stored, keep statistics and buffers: the next step is computed."""
@@ -97,14 +105,21 @@ class SectionState(State):
     Args:
         config: Validated cache configuration.
         calibrator_config: Validated calibrator configuration, or None for plain reuse.
+        tap: TeaCache's, if that is what decides.
     """
 
-    def __init__(self, config: BasicCacheConfig, calibrator_config: CalibratorConfig | None):
+    def __init__(self, config: BasicCacheConfig, calibrator_config: CalibratorConfig | None, tap: Tap | None = None):
         super().__init__(config, calibrator_config)
         self.residuals = ResidualStore(calibrator_config)
-        self.metric: Metric = SignalChange() if config.measures_signal else HeadResidual()
+        self.tap = tap
+        self.metric: Metric = HeadResidual() if tap is None else SignalChange()
         self.borrows_from: SectionState | None = None  # another branch, whose difference of the same step serves here
         self.begin(None)
+
+    def make_policy(self, total_steps: int | None) -> Policy:
+        if self.tap is not None and isinstance(self.config, TeaCacheConfig):
+            return self.tap.make_policy(self.config, total_steps)
+        return super().make_policy(total_steps)
 
     def forget(self) -> None:
         super().forget()

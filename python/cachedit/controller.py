@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
-from types import MappingProxyType, MethodType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from types import MethodType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,8 +17,12 @@ from .adapter import TransformerPlan
 from .blocks import Link, Section, intercept, release, run_sections
 from .config import BasicCacheConfig
 from .modifier import Settings
+from .patch_functor import is_patched
 from .pattern import BlockSignature
-from .request import DEFAULT, Branch, Loop, Request, Requests, check_key
+from .request import Branch, Loop, Request, Requests, check_key
+from .scope import Scope, branch_names, scopes
+from .tap import Tap, make_tap
+from .teacache import TeaCacheConfig
 
 if TYPE_CHECKING:
     from .watch import PipelineWatch
@@ -29,21 +32,6 @@ __all__ = ["Controller", "controller_of"]
 logger = logging.getLogger(__name__)
 
 _ATTRIBUTE = "_cachedit_controller"
-T = TypeVar("T")
-
-
-class Scope(NamedTuple):
-    """The request that forwards work on."""
-
-    key: Hashable = DEFAULT
-    total_steps: int | None = None
-
-
-_NONE: Mapping[Any, Any] = MappingProxyType({})
-
-# By controller, for the running thread or asyncio task: what ``cachedit.request`` and ``cache_context`` say.
-_scopes: ContextVar[Mapping[Controller, Scope]] = ContextVar("cachedit_scopes", default=_NONE)
-_names: ContextVar[Mapping[Controller, str]] = ContextVar("cachedit_names", default=_NONE)
 
 
 class CachedForward:
@@ -84,9 +72,21 @@ class Controller:
 
     def __init__(self, plan: TransformerPlan, settings: Sequence[Settings]):
         self.transformer = plan.transformer
+        self.patch_functor = plan.patch_functor
+        self.patched = False
         self.has_separate_cfg = plan.has_separate_cfg
         self.sections: list[Section] = []
         self.lists: list[tuple[nn.ModuleList, Link]] = []
+        with self.patch_functor.applied(self.transformer) if self.patch_functor else nullcontext():
+            self._link(plan, settings)  # signatures are those of patched blocks
+        self.attached = False
+        self.tap: Tap | None = None
+        self._set_tap(make_tap(self.transformer, settings))
+        self.requests = Requests()
+        self.watch: PipelineWatch | None = None  # on the pipeline that the cache was enabled through
+        self.warned_about_grad = self.warned_about_idling = self.warned_about_mask = False
+
+    def _link(self, plan: TransformerPlan, settings: Sequence[Settings]) -> None:
         for index, (group, chosen) in enumerate(zip(plan.sections, settings, strict=True)):
             name = "+".join(item.name for item in group)
             section = Section(name, sum(len(item.blocks) for item in group), *chosen)
@@ -96,10 +96,6 @@ class Controller:
                 self.lists.append((item.blocks, Link(index, section, offset, signature)))
                 offset += len(item.blocks)
             self.sections.append(section)
-        self.requests = Requests()
-        self.watch: PipelineWatch | None = None  # on the pipeline that the cache was enabled through
-        self.warned_about_grad = self.warned_about_idling = self.warned_about_mask = False
-        self.attached = False
 
     @property
     def config(self) -> BasicCacheConfig:
@@ -116,12 +112,12 @@ class Controller:
     @property
     def scope(self) -> Scope:
         """The request that this thread (or asyncio task) works on, with its steps where they were given."""
-        return _scopes.get().get(self) or Scope()
+        return scopes.get(self) or Scope()
 
     @property
     def branches(self) -> dict[str, Branch]:
         """Branches that have run in this thread's request; outside of ``cachedit.request``, in the last one."""
-        scope = _scopes.get().get(self)
+        scope = scopes.get(self)
         request = self.requests.latest if scope is None else self.requests.find(scope.key)
         branches = {} if request is None else dict(request.branches)
         return {name: branch for name, branch in branches.items() if branch.has_run}
@@ -140,10 +136,21 @@ class Controller:
         for section, (config, _) in zip(self.sections, settings, strict=True):
             section.check(config)
             config.resolve_mask(steps)
+        tap = make_tap(self.transformer, settings)
         for section, chosen in zip(self.sections, settings, strict=True):
             section.configure(*chosen)
+        self._set_tap(tap)
         self.requests.clear()
         self.warned_about_idling = self.warned_about_mask = False
+
+    def _set_tap(self, tap: Tap | None) -> None:
+        if self.tap is not None and self.attached:
+            self.tap.detach()
+        self.tap = tap
+        for section in self.sections:
+            section.tap = tap if isinstance(section.config, TeaCacheConfig) else None
+        if tap is not None and self.attached:
+            tap.attach(self)
 
     @contextmanager
     def use_request(self, key: Hashable, total_steps: int | None) -> Iterator[None]:
@@ -153,7 +160,7 @@ class Controller:
             raise ValueError(f"num_inference_steps must be an integer of at least 1, got {total_steps!r}")
         scope = Scope(key, total_steps)
         self._check_masks(self._steps(scope))
-        with _entry(_scopes, self, scope):
+        with scopes.entry(self, scope):
             yield
 
     def _steps(self, scope: Scope) -> int | None:
@@ -170,39 +177,45 @@ class Controller:
             return False
         return True
 
-    def _begin_if_due(self, request: Request, scope: Scope) -> None:
-        """Start a request if a pipeline has announced one, or its scheduler was given other timesteps."""
+    def _listen(self, request: Request, scope: Scope) -> None:
+        """Hear from the pipeline, before a forward, whether a request begins and where its scheduler is."""
         told = request.announced or request.loop
         watch = self.watch if told is None else told.watch
         loop = None if watch is None else watch.next_loop(request)
-        if loop is None:
-            return
-        steps = self._steps(scope)
+        # Who gives each request its steps may share the scheduler between them.
+        given = scope.total_steps is not None
+        if loop is not None and (loop is request.announced or not given):
+            self._begin(request, loop, self._steps(scope))
+        request.heed(None if watch is None or given else watch.scheduler_step)
+
+    def _begin(self, request: Request, loop: Loop, steps: int | None) -> None:
         if loop is request.announced:
             steps = steps if loop.total_steps is None else loop.total_steps
             self._check_masks(steps)
-        elif scope.total_steps is not None:
-            return  # who gives each request its steps may set the scheduler for one while others are under way
-        elif steps is None and self._masks_fit(loop.total_steps):  # it may be wrong: nothing to fail on
+        elif steps is None and self._masks_fit(loop.total_steps):  # a guess, and nothing to fail on
             steps = loop.total_steps
         request.begin(steps)
         request.announced, request.loop = None, loop
 
-    def branch_name(self, calls: int) -> str:
-        """The guidance branch of a forward after so many in its request: as the pipeline says, else by their order."""
-        name = _names.get().get(self)
+    def branch_name(self, turn: int) -> str:
+        """The guidance branch of a forward, after so many in its step: as the pipeline says, else by their order."""
+        name = branch_names.get(self)
         if name is not None:
             return name
         separate = self.config.enable_separate_cfg
         if not (self.has_separate_cfg if separate is None else separate):
             return "default"
-        return "uncond" if (calls % 2 == 0) == self.config.cfg_compute_first else "cond"
+        return "uncond" if (turn % 2 == 0) == self.config.cfg_compute_first else "cond"
 
     @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        """Run the forwards inside on the branch ``name``; diffusers pipelines call it around each guidance branch."""
+    def cache_context(self, name: str, **where: Any) -> Iterator[None]:
+        """Run the forwards inside on the branch ``name``; diffusers pipelines call it around each guidance branch.
+
+        ``where`` tells diffusers' own hooks where the denoising loop is (``step_index``, ``sigma``, ...).
+        """
         original = getattr(type(self.transformer), "cache_context", None)
-        with _entry(_names, self, name), nullcontext() if original is None else original(self.transformer, name):
+        inner = nullcontext() if original is None else original(self.transformer, name, **where)
+        with branch_names.entry(self, name), inner:
             yield
 
     # One forward
@@ -215,12 +228,12 @@ class Controller:
         steps = self._steps(scope)
         request, outer = self.requests.enter(scope.key, steps)
         try:
-            self._begin_if_due(request, scope)
-            branch = request.branch(self.branch_name(request.calls), self.sections, steps)
+            self._listen(request, scope)
+            branch = request.branch(self.branch_name(request.turn), self.sections, steps)
             if request.calls == 0:
                 self._warn_if_masks_are_unresolved(request)
             runs = branch.runs()
-            with run_sections(self, runs):
+            with run_sections(self, runs, branch, args, kwargs):
                 output = original(*args, **kwargs)
             for run in runs:
                 run.close()
@@ -278,14 +291,14 @@ class Controller:
             diffs = [record.diff for record in records if record.diff is not None]
             reasons = Counter(record.reason for record in records)
             logger.warning(
-                "the cache never triggered on %s.%s in a request of %d steps: %s; the smallest residual diff was %s, "
-                "residual_diff_threshold is %s",
+                "the cache never triggered on %s.%s in a request of %d steps: %s; the smallest diff was %s, "
+                "the threshold is %s",
                 type(self.transformer).__name__,
                 section.name,
                 len(records),
                 ", ".join(f"{reason or 'not cached'} {count}x" for reason, count in reasons.items()),
                 f"{min(diffs):.4f}" if diffs else "never measured",
-                section.config.residual_diff_threshold,
+                state.policy.threshold,
             )
 
     # On and off
@@ -296,11 +309,16 @@ class Controller:
         if previous is not None:
             previous.detach()
         module = self.transformer
+        if self.patch_functor is not None and not is_patched(module):  # else the user has patched it, and keeps it so
+            self.patch_functor.apply(module)
+            self.patched = True
         holder, name = _find_own_forward(module)
         self._had_forward = name in vars(holder)
         _put(holder, name, CachedForward(self, getattr(holder, name)))
         for blocks, link in self.lists:
             intercept(blocks, self, link)
+        if self.tap is not None:
+            self.tap.attach(self)
         if hasattr(module, "cache_context"):
             _put(module, "cache_context", self.cache_context)
         _put(module, _ATTRIBUTE, self)
@@ -308,6 +326,8 @@ class Controller:
 
     def detach(self) -> None:
         """Take the cache off; what was there before is put back."""
+        if self.tap is not None and self.attached:
+            self.tap.detach()
         self.attached = False
         module = self.transformer
         for holder, name in _forward_slots(module):
@@ -322,6 +342,9 @@ class Controller:
         if getattr(vars(module).get("cache_context"), "__self__", None) is self:
             vars(module).pop("cache_context")
         vars(module).pop(_ATTRIBUTE, None)
+        if self.patch_functor is not None and self.patched:
+            self.patch_functor.undo(module)
+            self.patched = False
         self.watch = None
         self.requests.clear()
 
@@ -330,16 +353,6 @@ def controller_of(module: Any) -> Controller | None:
     """Return the controller of a transformer that the cache is enabled on, else None."""
     module = getattr(module, "_orig_mod", module)
     return getattr(module, "__dict__", {}).get(_ATTRIBUTE)
-
-
-@contextmanager
-def _entry(table: ContextVar[Mapping[Controller, T]], controller: Controller, value: T) -> Iterator[None]:
-    """Inside, the table has this value for the controller."""
-    token = table.set({**table.get(), controller: value})
-    try:
-        yield
-    finally:
-        table.reset(token)
 
 
 def _put(holder: Any, name: str, value: Any) -> None:

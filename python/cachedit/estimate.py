@@ -20,7 +20,9 @@ from .metric import Measured
 from .modifier import Settings, modifiers_per_transformer, settings_per_section
 from .policy import Decision
 from .prune import SAMPLED
+from .request import Branch
 from .store import ResidualStore
+from .teacache import TeaCacheConfig
 
 __all__ = ["MemoryEstimate", "estimate_memory"]
 
@@ -125,7 +127,7 @@ class _Probe(Controller):
         super().__init__(plan, settings)
         self.wanted = settings
         self.calls = 0
-        self.seen: dict[tuple[str, int], list[StreamSpec]] = {}
+        self.seen: dict[tuple[str, int], list[StreamSpec]] = {}  # streams, and the signal that was measured last
         for section in self.sections:
             section.configure(replace(DBCacheConfig(), Fn_compute_blocks=1), None)
             section.in_place = False
@@ -134,7 +136,7 @@ class _Probe(Controller):
         branch = self.branch_name(self.calls)
         states = [_Recorder(self.seen, (branch, index)) for index in range(len(self.sections))]
         runs = [SectionRun(section, state) for section, state in zip(self.sections, states, strict=True)]  # type: ignore[arg-type]
-        with run_sections(self, runs):
+        with run_sections(self, runs, Branch(branch, [], None), args, kwargs):
             output = original(*args, **kwargs)
         self.calls += 1
         return output
@@ -156,7 +158,8 @@ class _Recorder:
         self.key = key
 
     def decide(self, seen: Measured, streams: list[torch.Tensor]) -> tuple[Decision, float | None]:
-        self.seen[self.key] = [StreamSpec.of(stream) for stream in streams]
+        measured = seen.after if seen.signal is None else seen.signal
+        self.seen[self.key] = [StreamSpec.of(tensor) for tensor in (*streams, measured)]
         return Decision.REUSE, None
 
     def forecast(self, streams: list[torch.Tensor], diff: float | None) -> list[torch.Tensor]:
@@ -168,13 +171,20 @@ class _Recorder:
 
 def _bytes(settings: Settings, section: Section, specs: list[StreamSpec]) -> int:
     config, calibrator = settings
-    sizes = [math.prod(spec.shape) * spec.dtype.itemsize for spec in specs]
+    *sizes, measured = (math.prod(spec.shape) * spec.dtype.itemsize for spec in specs)
     residuals = ResidualStore(calibrator).slots * sum(sizes)
-    steps = 28 if isinstance(config.steps_computation_mask, str) else None  # any number that named masks have
-    measured = sizes[0] if config.make_policy(steps).measures else 0
+    if not _measures(config):
+        measured = 0
     if not isinstance(config, DBPruneConfig):
         return residuals + measured
     if config.force_reduce_calibrator_vram and calibrator is not None and len(specs[0].shape) > 1:
         tokens = specs[0].shape[1]
         measured = measured // tokens * -(-tokens // SAMPLED)
     return len(config.prunable_blocks(section.total)) * (residuals + measured)
+
+
+def _measures(config: BasicCacheConfig) -> bool:
+    if isinstance(config, TeaCacheConfig):
+        config = replace(config, coefficients=(0.0,))  # which ones makes no difference
+    steps = 28 if isinstance(config.steps_computation_mask, str) else None  # any number that named masks have
+    return config.make_policy(steps).measures

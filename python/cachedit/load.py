@@ -25,8 +25,16 @@ from .config import (
 )
 from .document import Document, read_document
 from .mask import MASK_POLICIES, steps_mask
+from .teacache import TeaCacheConfig
 
-__all__ = ["load_cache_config", "load_configs", "load_options"]
+__all__ = [
+    "load_attn_backend_config",
+    "load_cache_config",
+    "load_configs",
+    "load_options",
+    "load_parallelism_config",
+    "load_quantize_config",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +48,11 @@ class _Calibrator(NamedTuple):
     encoder: bool  # whether files forecast the encoder stream where they do not say
 
 
-_CACHE_TYPES: dict[str, type[BasicCacheConfig]] = {"DBCache": DBCacheConfig, "DBPrune": DBPruneConfig}
+_CACHE_TYPES: dict[str, type[BasicCacheConfig]] = {
+    "DBCache": DBCacheConfig,
+    "DBPrune": DBPruneConfig,
+    "TeaCache": TeaCacheConfig,
+}
 _SHARED_KEYS = {"calibrator_cache_type": "calibrator_cache_type"}
 _TAYLORSEER_KEYS = {
     "enable_encoder_taylorseer": "enable_encoder_calibrator",
@@ -118,6 +130,31 @@ def load_cache_config(path_or_dict: Document, **kwargs: Any) -> Loaded:
     """
     content, where = read_document(path_or_dict)
     return _cache_configs(content, where, **kwargs)
+
+
+def load_parallelism_config(
+    path_or_dict: Document, check_only: bool = False, **kwargs: Any
+) -> dict[str, Any] | bool | None:
+    """Load the section ``parallelism_config``: arguments and errors as for :func:`load_configs`.
+
+    Returns:
+        A plain dictionary, or None where there is no such section; with ``check_only``, whether there is one.
+    """
+    section: dict[str, Any] | None = load_configs(path_or_dict, **kwargs)["parallelism_config"]
+    return section is not None if check_only else section
+
+
+def load_attn_backend_config(path_or_dict: Document, **kwargs: Any) -> str | None:
+    """Load ``attention_backend``, a name or None: arguments and errors as for :func:`load_configs`."""
+    backend: str | None = load_configs(path_or_dict, **kwargs)["attention_backend"]
+    return backend
+
+
+def load_quantize_config(path_or_dict: Document, **kwargs: Any) -> dict[str, Any] | None:
+    """Load the section ``quantize_config``, a plain dictionary or None: arguments and errors as for
+    :func:`load_configs`."""
+    section: dict[str, Any] | None = load_configs(path_or_dict, **kwargs)["quantize_config"]
+    return section
 
 
 def load_options(path_or_dict: Document, reset: bool = False) -> dict[str, Any]:
@@ -209,7 +246,7 @@ def _calibrator_config(given: Mapping[str, Any], where: str) -> CalibratorConfig
 def _build(config_class: type[AnyConfig], values: dict[str, Any], where: str, names: Mapping[str, str]) -> AnyConfig:
     """Make a configuration from ``values``, converted in place; ``names`` is what the file calls a field."""
     for field, kind in itertools.product(dataclasses.fields(config_class), (bool, float)):  # validate() does the rest
-        if field.name in values and kind.__name__ in str(field.type):
+        if field.name in values and kind.__name__ in str(field.type).split(" | "):
             values[field.name] = _typed(values[field.name], kind, where + names.get(field.name, field.name))
     config = config_class(**values)
     try:

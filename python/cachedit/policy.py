@@ -20,7 +20,10 @@ class Decision(Enum):
 
 
 class StepRecord(NamedTuple):
-    """What happened at one step: kept for statistics."""
+    """What happened at one step: kept for statistics.
+
+    ``pruned`` of the section's ``blocks`` were pruned; both are 0 where nothing is pruned block by block.
+    """
 
     step: int
     reused: bool
@@ -46,6 +49,7 @@ class Policy:
 
     def __init__(self, config: BasicCacheConfig, total_steps: int | None = None):
         self.config = config
+        self.threshold = config.residual_diff_threshold
         self.mask = config.resolve_mask(total_steps)
         self.static = self.mask is not None and config.steps_computation_policy == "static"
         warmup = config.max_warmup_steps
@@ -61,7 +65,7 @@ class Policy:
     @property
     def measures(self) -> bool:
         """Whether any step may need the residual difference; if not, no anchor has to be stored."""
-        return self.config.residual_diff_threshold > 0 and not self.static
+        return self.threshold > 0 and not self.static
 
     @property
     def never_reuses(self) -> bool:
@@ -69,7 +73,7 @@ class Policy:
         config = self.config
         if self.mask is not None and (self.static or all(self.mask)):
             return all(self.mask)
-        return config.residual_diff_threshold <= 0 or 0 in (config.max_cached_steps, config.max_continuous_cached_steps)
+        return self.threshold <= 0 or 0 in (config.max_cached_steps, config.max_continuous_cached_steps)
 
     def restart(self) -> None:
         """Forget everything stored, as at the start of a request; statistics carry on."""
@@ -112,7 +116,7 @@ class Policy:
         limit = config.max_accumulated_residual_diff_threshold
         if limit is not None and 0 < limit <= self.accumulated:
             return self._compute("accumulated diff")
-        if config.residual_diff_threshold <= 0:
+        if self.threshold <= 0:
             return self._compute("threshold")
         return Decision.MEASURE
 
@@ -128,7 +132,7 @@ class Policy:
             self.nonfinite += 1
             return self._compute("non-finite diff")
         self.reason = "diff"
-        return Decision.REUSE if diff < self.config.residual_diff_threshold else Decision.COMPUTE
+        return Decision.REUSE if diff < self.threshold else Decision.COMPUTE
 
     def record(
         self, decision: Decision, diff: float | None, stored: bool = True, pruned: int = 0, blocks: int = 0

@@ -13,15 +13,14 @@ from .body import SectionRun
 from .config import DBPruneConfig
 from .context import SectionState, State
 from .prune import PruneRun, PruneState
+from .scope import DEFAULT
 
 if TYPE_CHECKING:
     from .watch import PipelineWatch
 
-__all__ = ["DEFAULT", "Branch", "Loop", "Request", "Requests", "check_key"]
+__all__ = ["Branch", "Loop", "Request", "Requests", "check_key"]
 
 logger = logging.getLogger(__name__)
-
-DEFAULT: Hashable = object()  # key of the request that runs outside of ``cachedit.request``
 
 
 class Loop(NamedTuple):
@@ -50,6 +49,7 @@ class Branch:
 
     def begin(self, total_steps: int | None) -> None:
         """Start a request."""
+        self.grid: tuple[int, ...] | None = None  # of tokens, for SeaCache
         for state in self.states:
             state.begin(total_steps)
 
@@ -109,27 +109,39 @@ class Request:
         self.calls = 0  # forwards, over all branches
         self.step = 0  # that the newest forward belongs to
         self.position = -1  # of its branch among the branches
+        self.turn = -1  # of the forward within its step, as far as the scheduler tells; else in the request
+        self.scheduler_step: Any = None
+        self.moved = self.moves = False  # whether the scheduler's step is another than at the forward before; ever was
         for branch in self.branches.values():
             branch.begin(total_steps)
+
+    def heed(self, scheduler_step: Any) -> None:
+        """Take note of the pipeline's scheduler before a forward: it moves on between steps, not between branches."""
+        self.moved = self.turn >= 0 and scheduler_step != self.scheduler_step
+        self.moves = self.moves or self.moved
+        self.turn = 0 if self.moved else self.turn + 1
+        self.scheduler_step = scheduler_step
 
     def branch(self, name: str, sections: list[Section], next_total: int | None = None) -> Branch:
         """Take the branch of a forward to the step that the forward belongs to.
 
         Steps are those of the request, not of the branch: a branch that skips some (guidance limited to an interval)
-        follows masks, warm-up and forecasts at the same steps as the others. Branches run in one order within a step,
-        so a forward that does not come later in it than the one before begins the next step.
+        follows masks, warm-up and forecasts at the same steps as the others. Where no scheduler tells, branches are
+        taken to run in one order: a forward that does not come later in it than the one before begins the next step.
 
         Args:
             name: The branch.
             sections: The transformer's sections.
             next_total: Steps of the request that begins if this one is over. Default: as many again.
         """
-        names = list(self.branches)
+        names, scheduler_step = list(self.branches), self.scheduler_step
         position = names.index(name) if name in self.branches else len(names)
-        if position <= self.position:
+        again = name in self.branches and self.branches[name].step > self.step
+        if self.moved or again or (position <= self.position and not self.moves):
             self.step += 1
             if self.total_steps is not None and self.step >= self.total_steps:
                 self.begin(self.total_steps if next_total is None else next_total)
+                self.heed(scheduler_step)
         self.position = position
         branch = self.branches.get(name)
         if branch is None:
@@ -290,7 +302,7 @@ def _new_state(section: Section) -> State:
     config = section.config
     if isinstance(config, DBPruneConfig):
         return PruneState(config, section.calibrator_config, section.total)
-    return SectionState(config, section.calibrator_config)
+    return SectionState(config, section.calibrator_config, section.tap)
 
 
 def _new_run(section: Section, state: State) -> Run:

@@ -103,6 +103,11 @@ class PipelineWatch:
             return announced  # made anew whenever it is asked for: it says nothing
         return Loop(self, timesteps, None if len(self._transformers) > 1 else len(timesteps))
 
+    @property
+    def scheduler_step(self) -> Any:
+        """Where the scheduler is in its steps; None where it does not tell."""
+        return getattr(getattr(self._pipe(), "scheduler", None), "step_index", None)
+
     def _timesteps(self) -> Any:
         return getattr(getattr(self._pipe(), "scheduler", None), "timesteps", None)
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 import cachedit
-from cachedit import BlockAdapter, DBCacheConfig, ForwardPattern
-from toys import make_toy, run_toy, tiny_flux
+from cachedit import BlockAdapter, DBCacheConfig, ForwardPattern, ParamsModifier, PatchFunctor
+from toys import DualBlock, make_toy, run_toy, tiny_flux
 
 P = ForwardPattern
 
@@ -86,8 +86,74 @@ def test_several_transformers():
     assert all(type(model.blocks) is torch.nn.ModuleList for model in models)
 
 
+class Annotated(DualBlock):
+    """As some blocks of diffusers: it returns two tensors."""
+
+    def forward(self, hidden_states, encoder_hidden_states, temb=None) -> torch.Tensor:
+        return super().forward(hidden_states, encoder_hidden_states, temb)
+
+
+def test_annotations_count_only_where_asked():
+    model = make_toy()
+    model.blocks = torch.nn.ModuleList(Annotated(P.Pattern_0) for _ in range(3))
+    adapter = BlockAdapter(transformer=model, blocks=model.blocks, forward_pattern=P.Pattern_0)
+    cachedit.enable_cache(adapter, DBCacheConfig(Fn_compute_blocks=1))
+    run_toy(model, 2)
+
+
+def test_a_list_of_one_transformer_is_that_transformer():
+    model = make_toy()
+    model.more = make_toy(seed=1).blocks
+    lists, patterns = [model.blocks, model.more], [P.Pattern_0, P.Pattern_1]
+    modifiers = [ParamsModifier(max_warmup_steps=1), None]
+    for transformer in (model, [model]):
+        for nested in (False, True):
+            wrap = (lambda value: [value]) if nested else (lambda value: value)
+            (plan,) = BlockAdapter(transformer=transformer, blocks=wrap(lists), forward_pattern=wrap(patterns),
+                                   params_modifiers=wrap(modifiers)).plans()  # fmt: skip
+            assert [item.pattern for section in plan.sections for item in section] == patterns
+            assert plan.modifiers == modifiers
+
+
+def test_modifiers_are_laid_out_like_the_lists():
+    models = [make_toy(), make_toy(seed=1)]
+    models[0].more = make_toy(seed=2).blocks
+    given = {"blocks_name": [["blocks", "more"], "blocks"], "forward_pattern": P.Pattern_0}
+    m, n = ParamsModifier(max_warmup_steps=1), ParamsModifier(max_warmup_steps=2)
+    for modifiers, expected in [
+        (None, [[None, None], [None]]),
+        (m, [[m, m], [m]]),
+        ([m, n], [[m, m], [n]]),
+        ([[m, None], n], [[m, None], [n]]),
+    ]:
+        plans = BlockAdapter(transformer=models, params_modifiers=modifiers, **given).plans()
+        assert [plan.modifiers for plan in plans] == expected
+
+
+def test_the_table_groups_lists_where_their_patterns_allow_it():
+    flux = tiny_flux()
+    flux.tail = make_toy(pattern=P.Pattern_3).blocks
+    given = ["transformer_blocks", "single_transformer_blocks", "tail"]
+    patterns = [P.Pattern_1, P.Pattern_1, P.Pattern_3]
+    together = BlockAdapter(transformer=flux, blocks_name=given, forward_pattern=patterns)
+    assert names(together) == [[["transformer_blocks", "single_transformer_blocks"], ["tail"]]]
+    old = BlockAdapter(transformer=flux, blocks_name=given[:2], forward_pattern=[P.Pattern_1, P.Pattern_3])
+    assert names(old) == [[["transformer_blocks"], ["single_transformer_blocks"]]]
+
+
+def test_the_functor_is_handed_on_and_nothing_is_patched_yet():
+    class Functor(PatchFunctor):
+        def _apply(self, transformer):
+            raise AssertionError
+
+    model, functor = make_toy(), Functor()
+    adapter = BlockAdapter(transformer=model, blocks=model.blocks, forward_pattern=P.Pattern_0, patch_functor=functor)
+    assert adapter.plans()[0].patch_functor is functor
+
+
 MODEL = make_toy()
 MODEL.single = make_toy(pattern=P.Pattern_3).blocks
+MODEL.annotated = torch.nn.ModuleList([Annotated(P.Pattern_0)])
 GOOD = {"transformer": MODEL, "blocks": MODEL.blocks, "forward_pattern": P.Pattern_0}
 
 
@@ -107,7 +173,13 @@ GOOD = {"transformer": MODEL, "blocks": MODEL.blocks, "forward_pattern": P.Patte
         ({"forward_pattern": "Pattern_0"}, TypeError, "must be a ForwardPattern .* got 'Pattern_0'"),
         ({"forward_pattern": 6}, TypeError, "must be a ForwardPattern .* got 6"),
         ({"forward_pattern": [P.Pattern_0] * 2}, ValueError, r"or one per block list \(1\), got 2"),
-        ({"transformer": [MODEL], "blocks": [MODEL.blocks] * 2}, ValueError, r"blocks: expected one entry per tr"),
+        ({"transformer": [MODEL] * 2, "blocks": [MODEL.blocks] * 3}, ValueError,
+         r"blocks: expected one entry per transformer \(2\), got list of 3"),
+        ({"transformer": [MODEL, 3], "blocks": None, "blocks_name": "blocks"}, TypeError, r"transformer\[1\] must be"),
+        ({"params_modifiers": [None] * 2}, ValueError, r"params_modifiers: expected one, .* \(1\), got 2"),
+        ({"patch_functor": PatchFunctor}, TypeError, "patch_functor must be a PatchFunctor, got type"),
+        ({"check_num_outputs": True, "blocks": MODEL.annotated}, ValueError,
+         "Pattern_0 returns .*, but Annotated.forward.* is annotated otherwise; patterns that match: Pattern_2$"),
         ({"blocks": [MODEL.blocks, MODEL.single], "forward_pattern": [P.Pattern_0, P.Pattern_3], "linked": True},
          ValueError, "same streams, got blocks: Pattern_0, single: Pattern_3"),
     ],

@@ -115,9 +115,9 @@ def test_layerwise_casting(order, cached):
     [
         (
             {"residual_diff_threshold": 1e-9},
-            r"nothing stored 1x, warm-up 1x, diff 3x; the smallest residual diff was 0\.",
+            r"nothing stored 1x, warm-up 1x, diff 3x; the smallest diff was 0\.",
         ),
-        ({"max_warmup_steps": 8}, r"nothing stored 1x, warm-up 4x; the smallest residual diff was never measured"),
+        ({"max_warmup_steps": 8}, r"nothing stored 1x, warm-up 4x; the smallest diff was never measured"),
         ({"residual_diff_threshold": 0.0}, None),
         ({"max_cached_steps": 0}, None),
         ({"steps_computation_mask": [1] * 5, "steps_computation_policy": "static"}, None),

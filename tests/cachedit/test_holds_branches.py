@@ -1,5 +1,7 @@
 """Guidance branches: any number of them, skipped passes, call order, borrowed differences."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -32,9 +34,19 @@ class Lines(nn.Module):
         return hidden
 
 
-def lines(config):
-    model = Lines()
-    adapter = BlockAdapter(transformer=model, blocks=model.blocks, forward_pattern=ForwardPattern.Pattern_3)
+class Pipeline:
+    """A pipeline whose scheduler tells where it is, as most of diffusers' do."""
+
+    def __init__(self, model):
+        self.transformer = model
+        self.scheduler = SimpleNamespace(step_index=None, timesteps=None)
+
+
+def lines(config, pipe=None, **adapter):
+    model = Lines() if pipe is None else pipe.transformer
+    adapter = BlockAdapter(
+        pipe=pipe, transformer=model, blocks=model.blocks, forward_pattern=ForwardPattern.Pattern_3, **adapter
+    )
     cachedit.enable_cache(adapter, config, TaylorSeerCalibratorConfig())
     return model
 
@@ -49,7 +61,7 @@ def on(model, branch):
 
 
 def steps_of(model, branch, reused=True):
-    return [record.step for record in stats(model).branches[branch] if record.reused is reused]
+    return [record.step for record in stats(model).branches[branch].records if record.reused is reused]
 
 
 class TestNamedBranches:
@@ -84,8 +96,10 @@ class TestNamedBranches:
         assert list(stats(model).branches) == ["default"] and reused(model) == [[2, 3, 4, 5]]
 
 
-def run_interval(model, interval, total=10, first="cond"):
+def run_interval(model, interval, total=10, first="cond", scheduler=None):
     """Guidance limited to an interval: outside of it there is no unconditional pass."""
+    if scheduler is not None:
+        scheduler.step_index = None
     outputs = {"cond": [], "uncond": []}
     names = ["cond", "uncond"] if first == "cond" else ["uncond", "cond"]
     with torch.no_grad():
@@ -94,6 +108,8 @@ def run_interval(model, interval, total=10, first="cond"):
                 if name == "cond" or step in interval:
                     with on(model, name):
                         outputs[name].append(model(step))
+            if scheduler is not None:
+                scheduler.step_index = step + 1
     return outputs
 
 
@@ -115,6 +131,16 @@ class TestSkippedPasses:
         model = lines(static(MASK, num_inference_steps=10))
         for _ in range(2):
             run_interval(model, [0, 1, 5, 6, 8], first="uncond")
+            assert steps_of(model, "cond") == [i for i in range(10) if not MASK[i]]
+            assert steps_of(model, "uncond") == [5, 6, 8]
+
+    @pytest.mark.parametrize("first", ["cond", "uncond"])
+    def test_a_scheduler_that_tells_is_believed(self, first):
+        """Without it, a pass that is new and comes first would be taken to belong to the step before."""
+        pipe = Pipeline(Lines())
+        model = lines(static(MASK, num_inference_steps=10), pipe)
+        for _ in range(2):
+            run_interval(model, range(4, 9), first=first, scheduler=pipe.scheduler)
             assert steps_of(model, "cond") == [i for i in range(10) if not MASK[i]]
             assert steps_of(model, "uncond") == [5, 6, 8]
 
@@ -175,7 +201,7 @@ class TestBorrowedDifferences:
                     if (step, name) not in skip:
                         with on(model, name):
                             model(**toy_inputs(step, total, seed=seed))
-        return stats(model).branches
+        return {name: branch.records for name, branch in stats(model).branches.items()}
 
     @pytest.mark.parametrize("separate", [True, False])
     def test_measured_once_and_decided_alike(self, separate, monkeypatch):
@@ -229,6 +255,27 @@ class TestByCallOrder:
         for seed in (1, 2):
             lone = enable(make_toy(), reusing(kind), TaylorSeerCalibratorConfig())
             assert same(outputs[seed - 1 :: 2], run_toy(lone, 5, seed=seed))
+
+    def test_passes_of_one_step_are_told_by_the_scheduler(self):
+        """With guidance off on some steps, every second call is no longer the unconditional one."""
+        pipe = Pipeline(Lines())
+        model = lines(static(MASK, num_inference_steps=10), pipe, has_separate_cfg=True)
+        for _ in range(2):
+            pipe.scheduler.step_index = None
+            for step in range(10):
+                for _ in range(2 if step < 6 else 1):
+                    model(step)
+                pipe.scheduler.step_index = step + 1
+            assert steps_of(model, "cond") == [i for i in range(10) if not MASK[i]]
+            assert steps_of(model, "uncond") == [i for i in range(6) if not MASK[i]]
+
+    def test_a_second_call_of_a_branch_is_another_step_whatever_the_scheduler_says(self):
+        pipe = Pipeline(Lines())
+        model = lines(reusing(num_inference_steps=8), pipe)
+        for step in range(8):
+            pipe.scheduler.step_index = step // 2
+            model(step)
+        assert steps_of(model, "default") == [2, 3, 4, 5, 6, 7]
 
     def test_the_configuration_goes_before_the_adapter(self):
         model = make_toy()

@@ -95,7 +95,7 @@ class TestLimits:
         limit = 0.25
         model = enable(make_toy(), reusing(kind, max_accumulated_residual_diff_threshold=limit))
         run_toy(model, 20)
-        records = cachedit.summary(model, logging=False)[0].branches["default"]
+        records = cachedit.summary(model, logging=False)[0].main.records
         accumulated, recovered = 0.0, 0
         for record in records[2:]:
             assert record.reused == (accumulated < limit)
@@ -148,10 +148,10 @@ class TestBadNumbers:
                 assert output.isfinite().all() == (step != 3)
         (stats,) = cachedit.summary(model, logging=False)
         assert stats.computed_steps[:3] == [0, 1, 3] and stats.cached_steps[-3:] == [5, 6, 7]
-        assert stats.nonfinite_diffs >= 1
+        assert stats.main.nonfinite_diffs >= 1
         cachedit.refresh_context(model)
         run_toy(model, 8)
-        assert cachedit.summary(model, logging=False)[0].nonfinite_diffs == 0
+        assert cachedit.summary(model, logging=False)[0].main.nonfinite_diffs == 0
 
 
 class TestExceptions:

@@ -179,7 +179,7 @@ def test_what_is_no_mask(mask):
         ({"residual_diff_threshold": "high"}, "residual_diff_threshold must be a number, got 'high'"),
         ({"max_accumulated_residual_diff_threshold": [1]}, r"max_accumulated_.*_threshold must be a number, got \[1\]"),
         ({"steps_computation_policy": "slow"}, "steps_computation_policy must be one of 'dynamic', 'static', got 'sl"),
-        ({"cache_type": "FBCache"}, "cache_type must be one of DBCache, DBPrune, got FBCache"),
+        ({"cache_type": "FBCache"}, "cache_type must be one of DBCache, DBPrune, TeaCache, got FBCache"),
         ({"cache_type": "DBPrune", "non_prune_block_id": [1]}, "non_prune_block_id: did you mean non_prune_block_ids"),
         ({"non_prune_block_ids": [1]}, "non_prune_block_ids: goes with cache_type DBPrune only, not with DBCache"),
         ({"enable_taylorseer": "yes"}, "enable_taylorseer must be true or false, got 'yes'"),
@@ -247,6 +247,21 @@ def test_options_without_effect_are_logged(caplog):
         assert not caplog.messages
         calibrator(taylorseer_order=2)
     assert caplog.messages == ["cache_config: taylorseer_order has no effect without enable_taylorseer"]
+
+
+def test_single_sections(tmp_path):
+    path = write(tmp_path, json.dumps(EVERYTHING))
+    for source in (path, EVERYTHING):
+        assert cachedit.load_parallelism_config(source) == EVERYTHING["parallelism_config"]
+        assert cachedit.load_attn_backend_config(source) == "native"
+        assert cachedit.load_quantize_config(source) == EVERYTHING["quantize_config"]
+        assert cachedit.load_parallelism_config(source, check_only=True) is True
+    flat = {"Fn_compute_blocks": 2}
+    assert cachedit.load_parallelism_config(flat, check_only=True) is False
+    for load in (cachedit.load_parallelism_config, cachedit.load_attn_backend_config, cachedit.load_quantize_config):
+        assert load(flat) is None
+        with pytest.raises(ValueError, match=r"attention_backnd: did you mean attention_backend\?"):
+            load({"attention_backnd": "native", "cache_config": {}})
 
 
 def test_load_options_is_deprecated():

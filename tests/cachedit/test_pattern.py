@@ -3,7 +3,7 @@ import torch
 
 import cachedit
 from cachedit import BlockAdapter, DBCacheConfig, ForwardPattern
-from cachedit.pattern import BlockSignature
+from cachedit.pattern import BlockSignature, check_outputs, fits
 from toys import DualBlock, SingleBlock, make_toy, run_toy
 
 P = ForwardPattern
@@ -63,12 +63,33 @@ def test_other_names_are_taken_by_position_without_the_check():
         (SingleBlock(P.Pattern_3), P.Pattern_0,
          r"Pattern_0 takes \(hidden_states, encoder_hidden_states\), but SingleBlock.forward\(hidden_states, "
          r"temb=None\) has no parameter 'encoder_hidden_states'; patterns that match: Pattern_3, Pattern_4, Pattern_5"),
-        (Annotated(), P.Pattern_2, r"Annotated.forward\(.* is annotated otherwise; .*match: Pattern_0, Pattern_1$"),
+        (Other(), P.Pattern_3, "Other.forward.* has no parameter 'hidden_states'; rename the parameters, or pass"),
     ],
 )  # fmt: skip
 def test_wrong_pattern_is_told_when_enabling(block, pattern, message):
     with pytest.raises(ValueError, match=message):
         BlockSignature(block, pattern)
+
+
+def test_annotations_are_looked_at_where_asked():
+    BlockSignature(Annotated(), P.Pattern_2)
+    check_outputs(Annotated(), P.Pattern_1)
+    check_outputs(DualBlock(P.Pattern_2), P.Pattern_0)  # says nothing
+    with pytest.raises(ValueError, match=r"Annotated.forward.* is annotated otherwise; .*: Pattern_0, Pattern_1$"):
+        check_outputs(Annotated(), P.Pattern_2)
+
+
+@pytest.mark.parametrize(
+    ("block", "outputs", "fitting"),
+    [
+        (Annotated(), False, list(P)),
+        (Annotated(), True, [P.Pattern_0, P.Pattern_1, P.Pattern_4, P.Pattern_5]),
+        (SingleBlock(P.Pattern_3), True, [P.Pattern_3, P.Pattern_4, P.Pattern_5]),
+        (Other(), False, []),
+    ],
+)
+def test_patterns_that_fit_a_signature(block, outputs, fitting):
+    assert [pattern for pattern in P if fits(block, pattern, outputs)] == fitting
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ def enable(model, calibrator=None, **settings):
 
 def records(model):
     (stats,) = cachedit.summary(model, logging=False)
-    return stats.branches["default"]
+    return stats.branches["default"].records
 
 
 def reference(model, total, threshold, exempt, warmup=2, order=0, dynamic=None, last=-1):
@@ -223,8 +223,8 @@ def test_nan_computes_and_is_counted():
                 inputs["hidden_states"][0, 0, 0] = math.nan
             model(**inputs)
     (stats,) = cachedit.summary(model, logging=False)
-    assert [record.pruned for record in stats.branches["default"]][3:5] == [0, 0]
-    assert stats.nonfinite_diffs == 10  # the inputs kept at step 3 are compared with at step 4
+    assert [record.pruned for record in stats.branches["default"].records][3:5] == [0, 0]
+    assert stats.main.nonfinite_diffs == 10  # the inputs kept at step 3 are compared with at step 4
 
 
 def test_reduced_memory_keeps_a_quarter_of_the_inputs():

@@ -342,7 +342,7 @@ class TestLimits:
             assert cachedit.summary(model, logging=False)[0].bytes_held == 0
         stats = advance(range(3, 8))
         assert stats.cached_steps == [2, 5, 6, 7]  # step 3 had nothing to reuse; the mask goes on
-        assert {r.step: r.reason for r in stats.branches["default"]}[3] == "nothing stored"
+        assert {r.step: r.reason for r in stats.main.records}[3] == "nothing stored"
 
     def test_enough_bytes_free_nothing_and_fewer_free_the_oldest(self):
         model = cached()

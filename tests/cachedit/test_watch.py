@@ -246,7 +246,7 @@ def test_a_bar_for_something_else_leaves_the_last_request_s_statistics():
 class TestImageToImage:
     """28 steps at strength 0.6 run 17."""
 
-    def call(self, pipe, steps=28, seed=0):
+    def call(self, pipe, steps=28, seed=0, **kwargs):
         pipe.vae.register_to_config(shift_factor=0.0)
         generator = torch.Generator().manual_seed(seed)
         return pipe(
@@ -260,6 +260,7 @@ class TestImageToImage:
             guidance_scale=1.0,
             generator=generator,
             output_type="latent",
+            **kwargs,
         ).images
 
     def test_counts_the_steps_that_run(self):
@@ -271,6 +272,23 @@ class TestImageToImage:
             (stats,) = cachedit.summary(pipe, logging=False)
             assert stats.cached_steps == zeros("fast", 17)
             assert len(stats.computed_steps) + len(stats.cached_steps) == 17
+
+    def test_guidance_may_be_on_or_off(self):
+        """This pipeline does not name its branches; without guidance there is one, whatever its class might do."""
+        pipe = FluxImg2ImgPipeline(**tiny_flux_pipeline().components)
+        pipe.set_progress_bar_config(disable=True)
+        cachedit.enable_cache(pipe, static("fast"))
+        generator = torch.Generator().manual_seed(1)
+        negative = {
+            "negative_prompt_embeds": torch.randn(1, 5, 16, generator=generator),
+            "negative_pooled_prompt_embeds": torch.randn(1, 16, generator=generator),
+            "true_cfg_scale": 2.0,
+        }
+        for kwargs, names in (({}, ["cond"]), (negative, ["cond", "uncond"]), ({}, ["cond"])):
+            self.call(pipe, **kwargs)
+            (stats,) = cachedit.summary(pipe, logging=False)
+            assert list(stats.branches) == names
+            assert all(branch.reused_steps == zeros("fast", 17) for branch in stats.branches.values())
 
     @pytest.mark.parametrize("enabled", ["on both", "on the first", "on the second"])
     def test_beside_text_to_image_on_one_transformer(self, enabled):

@@ -33,3 +33,14 @@ def demo(
         command.run(steps=steps, prompts=prompts, seed=seed, device=device, out=out, rounds=rounds)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
+
+
+@app.command(context_settings={"allow_interspersed_args": False})
+def run(
+    script: Annotated[Path, typer.Argument(help="A Python script.", exists=True, dir_okay=False)],
+    arguments: Annotated[list[str] | None, typer.Argument(help="What the script gets as its arguments.")] = None,
+) -> None:
+    """Run a script that is written for cache_dit, unchanged, on cachedit."""
+    from . import script as command
+
+    raise typer.Exit(command.run(str(script), arguments or []))

@@ -25,6 +25,8 @@ import cachedit_kernels
 from cachedit import DBCacheConfig, TaylorSeerCalibratorConfig
 from cachedit.embedded import load_pipeline
 from cachedit.oracle import oracle
+from cachedit.policy import StepRecord
+from cachedit.stats import BranchStats
 
 from . import figures
 from .quality import Quality, compare
@@ -60,9 +62,7 @@ class Result:
 
     configuration: Configuration
     images: torch.Tensor
-    computed_steps: list[int]
-    reused_steps: list[int]
-    diffs: dict[int, float]
+    stats: BranchStats
     seconds: list[float] = field(default_factory=list)
     oracle_seconds: list[float] = field(default_factory=list)
     baseline_seconds: list[float] = field(default_factory=list)
@@ -76,16 +76,16 @@ class Result:
             "speedup": _median_ratio(self.baseline_seconds, self.seconds),
             "ideal_speedup": _median_ratio(self.baseline_seconds, self.oracle_seconds),
             "efficiency": statistics.median(efficiencies),
-            "computed_steps": len(self.computed_steps),
-            "reused_steps": len(self.reused_steps),
+            "computed_steps": len(self.stats.computed_steps),
+            "reused_steps": len(self.stats.reused_steps),
         }
         if self.quality is not None:
             report |= self.quality.as_dict()
         config, calibrator = self.configuration.cache, self.configuration.calibrator
         report["cache"] = None if config is None else config.strify()
         report["calibrator"] = None if calibrator is None else calibrator.strify(details=True)
-        report["steps_reused"] = self.reused_steps
-        report["residual_diffs"] = self.diffs
+        report["steps_reused"] = self.stats.reused_steps
+        report["residual_diffs"] = self.stats.diffs
         report["rounds"] = [
             {"baseline_seconds": b, "seconds": c, "oracle_seconds": o}
             for b, c, o in zip(self.baseline_seconds, self.seconds, self.oracle_seconds, strict=True)
@@ -152,14 +152,15 @@ class Demo:
         with self.cached(configuration):
             images = self.draw(configuration.steps)
             if configuration.cache is None:
-                return Result(configuration, images, list(range(configuration.steps)), [], {})
+                computed = [StepRecord(step, False, None, "no cache") for step in range(configuration.steps)]
+                return Result(configuration, images, BranchStats(computed))
             (stats,) = cachedit.summary(self.pipe, logging=False)
-        return Result(configuration, images, stats.computed_steps, stats.cached_steps, stats.residual_diffs)
+        return Result(configuration, images, stats.main)
 
     def time(self, result: Result, baseline_steps: int) -> None:
         """Time one round: the plain model, the configuration, and the oracle that knows its decisions."""
         configuration = result.configuration
-        reused = set(result.reused_steps)
+        reused = set(result.stats.reused_steps)
         decisions = [step not in reused for step in range(configuration.steps)]
         result.baseline_seconds.append(self._seconds(baseline_steps))
 
@@ -238,7 +239,7 @@ def run(
     (out / "report.json").write_text(json.dumps(report, indent=1))
     rows = [("baseline", baseline.images), *((result.configuration.name, result.images) for result in results)]
     figures.draw_images(out / "images.png", rows, chosen)
-    figures.draw_steps(out / "steps.png", [r for r in results if r.configuration.cache], every_step.diffs, steps)
+    figures.draw_steps(out / "steps.png", [r for r in results if r.configuration.cache], every_step.stats.diffs)
     console.print(_table(report))
     console.print(f"wrote {out / 'images.png'}, {out / 'steps.png'} and {out / 'report.json'}")
     return report
@@ -254,7 +255,7 @@ def _measure(demo: Demo, steps: int, rounds: int, progress: Progress) -> list[Re
         return result, task
 
     measured = [first(configuration) for configuration in configurations(steps)]
-    fewest = min(len(result.computed_steps) for result, _ in measured)
+    fewest = min(len(result.stats.computed_steps) for result, _ in measured)
     measured.append(first(Configuration(f"plain model, {fewest} steps", fewest)))
     for _ in range(rounds):
         for result, task in measured:

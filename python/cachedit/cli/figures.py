@@ -5,13 +5,15 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import matplotlib
 import torch
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+from cachedit.plot import Run, draw_runs, save
 
 if TYPE_CHECKING:
     from .demo import Result
@@ -35,39 +37,13 @@ def draw_images(path: Path, rows: Sequence[tuple[str, torch.Tensor]], prompts: S
     plt.close(figure)
 
 
-def draw_steps(path: Path, results: Sequence[Result], every_step: dict[int, float], steps: int) -> None:
+def draw_steps(path: Path, results: Sequence[Result], every_step: dict[int, float]) -> None:
     """Draw each configuration's residual difference per step, its threshold, and the reused steps shaded.
 
     Args:
         path: File to write.
         results: The cached configurations.
         every_step: The differences where every step is computed and measured, for comparison.
-        steps: Number of denoising steps.
     """
-    figure, axes = plt.subplots(len(results), 1, figsize=(9, 2.4 * len(results)), sharex=True, squeeze=False)
-    for result, axis in zip(results, axes[:, 0], strict=True):
-        _draw_run(axis, result, every_step)
-        axis.set_xlim(-0.5, steps - 0.5)
-        axis.set_ylabel("residual diff")
-        axis.set_title(
-            f"{result.configuration.name}: {len(result.reused_steps)} of {steps} steps reused", fontsize=10, loc="left"
-        )
-    axes[-1, 0].set_xlabel("denoising step")
-    axes[0, 0].legend(fontsize=8, loc="upper left", ncols=2)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def _draw_run(axis: Any, result: Result, every_step: dict[int, float]) -> None:
-    for i, step in enumerate(result.reused_steps):
-        axis.axvspan(step - 0.5, step + 0.5, color="#b7d7f0", lw=0, label="reused" if i == 0 else None)
-    axis.plot(list(every_step), list(every_step.values()), color="0.65", lw=1, label="to the step before")
-    config = result.configuration.cache
-    if result.diffs and config is not None:
-        axis.plot(list(result.diffs), list(result.diffs.values()), "o", ms=4, color="#1f5a96", label="measured")
-        axis.axhline(config.residual_diff_threshold, color="#c0392b", lw=1, ls="--", label="threshold")
-    elif result.reused_steps:
-        note = "static mask: nothing is measured"
-        axis.text(0.01, 0.92, note, transform=axis.transAxes, va="top", fontsize=8)
-    axis.set_ylim(bottom=0)
+    runs = [Run(result.configuration.name, result.stats, result.configuration.cache) for result in results]
+    save(draw_runs(runs, every_step), path)

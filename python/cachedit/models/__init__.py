@@ -1,5 +1,15 @@
 """What is known about model families: data, not code."""
 
+from .pipelines import DENOISERS, SEPARATE_CFG, calls_branches_in_turn, find_transformers
 from .table import MODELS, BlockList, ModelEntry, find_entry
 
-__all__ = ["MODELS", "BlockList", "ModelEntry", "find_entry"]
+__all__ = [
+    "DENOISERS",
+    "MODELS",
+    "SEPARATE_CFG",
+    "BlockList",
+    "ModelEntry",
+    "calls_branches_in_turn",
+    "find_entry",
+    "find_transformers",
+]

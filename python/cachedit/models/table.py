@@ -28,10 +28,20 @@ class ModelEntry(NamedTuple):
     sections: tuple[tuple[BlockList, ...], ...]
 
 
+def _lists(**patterns: P) -> tuple[BlockList, ...]:
+    return tuple(BlockList(name, pattern) for name, pattern in patterns.items())
+
+
+def _linked(**patterns: P) -> ModelEntry:
+    """Lists that carry the same streams: one decision."""
+    return ModelEntry(sections=(_lists(**patterns),))
+
+
 MODELS: dict[str, ModelEntry] = {
-    "FluxTransformer2DModel": ModelEntry(
-        sections=((BlockList("transformer_blocks", P.Pattern_1), BlockList("single_transformer_blocks", P.Pattern_1)),),
-    ),
+    "FluxTransformer2DModel": _linked(transformer_blocks=P.Pattern_1, single_transformer_blocks=P.Pattern_1),
+    "HeliosTransformer3DModel": _linked(blocks=P.Pattern_2),
+    "QwenImageTransformer2DModel": _linked(transformer_blocks=P.Pattern_1),
+    "WanTransformer3DModel": _linked(blocks=P.Pattern_2),
 }
 
 

@@ -1,0 +1,106 @@
+"""``import cache_dit`` gets this package: for scripts that are not to be changed.
+
+    import cachedit.alias
+    cachedit.alias.install()
+
+Or, without touching the script at all, ``python -m cachedit run script.py ...``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import threading
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+__all__ = ["install", "uninstall"]
+
+# Modules of cache_dit, and where their names come from.
+_SOURCES = {
+    "cache_dit": "cachedit",
+    "cache_dit.caching": "cachedit",
+    "cache_dit.caching.block_adapters": "cachedit",
+    "cache_dit.caching.cache_contexts": "cachedit",
+    "cache_dit.caching.cache_contexts.calibrators": "cachedit",
+    "cache_dit.caching.load_configs": "cachedit",
+    "cache_dit.caching.patch_functors": "cachedit",
+    "cache_dit.metrics": "cachedit.metrics",
+    "cache_dit.platforms": "cachedit.platforms",
+}
+_lock = threading.Lock()
+_replaced: dict[str, ModuleType] = {}  # modules of the real package, imported before an override
+
+
+class _AliasModule(ModuleType):
+    """Hands out the names of another module, which is imported when the first of them is asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("__") or name == "__version__":
+            source = importlib.import_module(_SOURCES[self.__name__])
+            if name in source.__all__:
+                return getattr(source, name)
+            if "__getattr__" in vars(source):
+                return source.__getattr__(name)  # tells which names are not available yet
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # caching.load_configs is a module and a function of its package; attribute access gives the function.
+        if not isinstance(value, _AliasModule) or not hasattr(self, name):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *importlib.import_module(_SOURCES[self.__name__]).__all__})
+
+
+class _Finder(MetaPathFinder, Loader):
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self, origin="cachedit.alias", is_package=True) if name in _SOURCES else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _AliasModule(spec.name, f"The part of cachedit that answers to the name {spec.name}.")
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing to run: names are looked up when they are used."""
+
+
+_finder = _Finder()
+
+
+def install(override: bool = False) -> None:
+    """Let ``import cache_dit``, and the modules within it that scripts use, find this package.
+
+    Args:
+        override: Also where the real ``cache_dit`` is installed, or imported already. Without it the real one is
+            found where there is one. Names that were imported from it before stay what they are.
+    """
+    with _lock:
+        _remove()
+        if not override:
+            sys.meta_path.append(_finder)
+            return
+        _replaced.update({name: sys.modules.pop(name) for name in _loaded()})
+        sys.meta_path.insert(0, _finder)
+
+
+def uninstall() -> None:
+    """Undo :func:`install`; nothing happens where it is not installed."""
+    with _lock:
+        _remove()
+
+
+def _remove() -> None:
+    if _finder in sys.meta_path:
+        sys.meta_path.remove(_finder)
+    for name in _loaded():
+        if isinstance(sys.modules[name], _AliasModule):
+            del sys.modules[name]
+    sys.modules.update(_replaced)
+    _replaced.clear()
+
+
+def _loaded() -> list[str]:
+    return [name for name in list(sys.modules) if name.partition(".")[0] == "cache_dit"]

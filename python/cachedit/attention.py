@@ -1,0 +1,55 @@
+"""Attention backends: those of diffusers, set on single transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .adapter import BlockAdapter
+from .models import find_transformers
+
+__all__ = ["set_attention_backend", "set_attn_backend"]
+
+
+def set_attention_backend(pipe_or_adapter: Any, attention_backend: str | None = None) -> None:
+    """Set the attention backend of a pipeline's transformers; other models keep theirs.
+
+    Args:
+        pipe_or_adapter: A pipeline, an adapter, a transformer or a list of transformers.
+        attention_backend: Name of a diffusers attention backend, such as ``"native"`` or ``"flash"``. None changes
+            nothing.
+
+    Raises:
+        ValueError: For a name that diffusers does not know, or a backend that cannot be used here.
+        TypeError: Where there is no diffusers model to set it on. Nothing is changed then.
+    """
+    if attention_backend is None:
+        return
+    transformers = _transformers(pipe_or_adapter)
+    unable = [module for module in transformers if not hasattr(module, "set_attention_backend")]
+    if unable or not transformers:
+        name = type((unable or [pipe_or_adapter])[0]).__name__
+        raise TypeError(f"attention_backend: {name} has no set_attention_backend, as models of diffusers do")
+    from diffusers import attention_backend as default_backend
+
+    # diffusers would also make the backend the default of all models in the process; this puts the default back.
+    with default_backend("native"):
+        for transformer in transformers:
+            try:
+                transformer.set_attention_backend(attention_backend)
+            except (ImportError, RuntimeError) as error:
+                raise ValueError(f"attention_backend {attention_backend!r} cannot be used here: {error}") from error
+
+
+set_attn_backend = set_attention_backend  # as cache_dit calls it
+
+
+def _transformers(target: Any) -> list[Any]:
+    if isinstance(target, nn.Module):
+        return [target]
+    if not isinstance(target, (list, tuple)):
+        if not isinstance(target, BlockAdapter):
+            return find_transformers(target)
+        target = [target.pipe if target.transformer is None else target.transformer]
+    return [module for item in target for module in _transformers(item)]

@@ -1,0 +1,37 @@
+"""What is known about pipeline classes: where their transformers are, and how guidance calls them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+__all__ = ["DENOISERS", "SEPARATE_CFG", "calls_branches_in_turn", "find_transformers"]
+
+# Attributes that hold the denoisers, where they are not called transformer and transformer_2.
+DENOISERS: dict[str, tuple[str, ...]] = {}
+
+# Pipelines that call their transformer once per guidance branch without naming the branch by cache_context.
+SEPARATE_CFG: frozenset[str] = frozenset(
+    {
+        "FluxImg2ImgPipeline",
+    }
+)
+
+
+def find_transformers(pipe: Any) -> list[nn.Module]:
+    """Return the denoising transformers of a pipeline, in calling order; empty where there is none."""
+    names = next(
+        (DENOISERS[name] for name in _class_names(pipe) if name in DENOISERS), ("transformer", "transformer_2")
+    )
+    found = [getattr(pipe, name, None) for name in names]
+    return [module for module in found if isinstance(module, nn.Module)]
+
+
+def calls_branches_in_turn(pipe: Any) -> bool:
+    """Whether a pipeline's guidance branches have to be told apart by the order of calls."""
+    return any(name in SEPARATE_CFG for name in _class_names(pipe))
+
+
+def _class_names(pipe: Any) -> list[str]:
+    return [cls.__name__ for cls in type(pipe).__mro__]
