@@ -60,8 +60,8 @@ class TestRequests:
         enable(tiny.pipe)
         begun = []
         controller = cachedit.controller.controller_of(tiny.pipe.transformer)
-        begin = controller.begin_request
-        controller.begin_request = lambda steps: (begun.append(steps), begin(steps))
+        announce = controller.announce
+        controller.announce = lambda loop: (begun.append(loop.total_steps), announce(loop))
         tiny(5)
         assert begun == [5, 5]
         assert steps_of(tiny.pipe) == [[5, 5]]
