@@ -172,7 +172,8 @@ def test_older_steps_than_the_order_needs_weigh_nothing():
 def test_make_forecaster():
     assert isinstance(make_forecaster(None), Reuse)
     assert isinstance(make_forecaster(CalibratorConfig()), Reuse)
-    assert isinstance(make_forecaster(TaylorSeerCalibratorConfig(enable_calibrator=False)), Reuse)
+    neither = TaylorSeerCalibratorConfig(enable_calibrator=False, enable_encoder_calibrator=False)
+    assert isinstance(make_forecaster(neither), Reuse)
     forecaster = make_forecaster(TaylorSeerCalibratorConfig(taylorseer_order=3))
     assert isinstance(forecaster, TaylorSeer)
     assert forecaster.slots == 4
