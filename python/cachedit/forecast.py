@@ -231,7 +231,7 @@ def _combine(derivatives: list[list[float]], factors: list[float]) -> list[float
 
 def make_forecaster(config: CalibratorConfig | None) -> Forecaster:
     """Build the forecaster that a calibrator configuration asks for (None: plain reuse)."""
-    if config is None or not config.enable_calibrator:
+    if config is None or not (config.enable_calibrator or config.enable_encoder_calibrator):
         return Reuse()
     if isinstance(config, TaylorSeerCalibratorConfig):
         return TaylorSeer(config.taylorseer_order)

@@ -9,7 +9,7 @@ import torch
 import cachedit_kernels as kernels
 
 from .config import CalibratorConfig
-from .forecast import FittedForecaster, Reuse, make_forecaster
+from .forecast import FittedForecaster, make_forecaster
 
 __all__ = ["ResidualStore", "allocate"]
 
@@ -28,10 +28,14 @@ class ResidualStore:
         self.forecaster = make_forecaster(calibrator_config)
         self.slots = self.forecaster.slots
         self.fitter = self.forecaster if isinstance(self.forecaster, FittedForecaster) else None
-        plain_encoder = calibrator_config is not None and not calibrator_config.enable_encoder_calibrator
-        self.encoder_forecaster = Reuse() if plain_encoder and self.slots > 1 else None
-        self.keeps_outputs = calibrator_config is not None and calibrator_config.calibrator_cache_type != "residual"
-        self.base = 0.0 if self.keeps_outputs else 1.0
+        # Per stream: whether its last residual is reused as it is, and whether outputs are kept in place of residuals.
+        self.plain = (True, True)
+        self.keeps_outputs = (False, False)
+        if calibrator_config is not None:
+            calibrated = (calibrator_config.enable_calibrator, calibrator_config.enable_encoder_calibrator)
+            outputs = calibrator_config.calibrator_cache_type != "residual"
+            self.plain = (not calibrated[0], not calibrated[1])
+            self.keeps_outputs = (outputs and calibrated[0], outputs and calibrated[1])
         self.rings: list[torch.Tensor] = []
         self.forget()
 
@@ -56,45 +60,58 @@ class ResidualStore:
         if not self.rings:
             self.rings = [allocate(self.slots, tensor) for tensor in outputs]
         slot = self.next_slot
-        if self.keeps_outputs:
-            for ring, output in zip(self.rings, outputs, strict=True):
-                ring[slot].copy_(output)
-        else:
+        residual = [i for i in range(len(outputs)) if not self.keeps_outputs[i]]
+        for i in range(len(outputs)):
+            if self.keeps_outputs[i]:
+                self.rings[i][slot].copy_(outputs[i])
+        if len(residual) == len(outputs):
             kernels.residual_push(streams, outputs, self.rings, slot)
+        elif residual:
+            i = residual[0]
+            kernels.residual_push(streams[i : i + 1], outputs[i : i + 1], self.rings[i : i + 1], slot)
         self.fits = None
         self.steps = [step, *self.steps[: self.slots - 1]]
         self.next_slot = (slot + 1) % self.slots
 
     def forecast(self, step: int, streams: list[torch.Tensor]) -> list[torch.Tensor]:
         """Forecast the outputs of a reused step from its inputs: ``streams + sum_k weights[k] * rings[k]``."""
-        if self.fitter is not None and self.fitter.window(self.steps) > 0:
-            return self._forecast_fitted(self.fitter, step, streams)
-        weights = self._slot_weights(self.forecaster.weights(self.steps, step))
-        if self.encoder_forecaster is None:
-            return kernels.residual_forecast(streams, self.rings, weights, self.base)
-        plain = self._slot_weights(self.encoder_forecaster.weights(self.steps, step))
-        out = kernels.residual_forecast(streams[:1], self.rings[:1], weights, self.base)
-        return out + kernels.residual_forecast(streams[1:], self.rings[1:], plain, self.base)
+        fitter, plain = self.fitter, self.plain[: len(streams)]
+        if fitter is not None and fitter.window(self.steps) > 0:
+            weights = self._fitted(fitter, step, plain)
+        else:
+            common = self.forecaster.weights(self.steps, step)
+            if plain[0] == plain[-1]:
+                return kernels.residual_forecast(
+                    streams, self.rings, self._slot_weights(common, plain[0]), self.base(0)
+                )
+            weights = [common] * len(streams)
+        return [
+            kernels.residual_forecast([stream], [ring], self._slot_weights(w, p), self.base(i))[0]
+            for i, (stream, ring, w, p) in enumerate(zip(streams, self.rings, weights, plain, strict=True))
+        ]
 
-    def _forecast_fitted(self, fitter: FittedForecaster, step: int, streams: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Each stream with weights of its own, fitted at the first reused step after a computed one.
+    def base(self, stream: int) -> float:
+        """How much a stream's input counts in its forecast: not at all where outputs are kept."""
+        return 0.0 if self.keeps_outputs[stream] else 1.0
+
+    def _fitted(self, fitter: FittedForecaster, step: int, plain: tuple[bool, ...]) -> list[list[float]]:
+        """Weights of each stream, fitted at the first reused step after a computed one.
 
         That step waits for the device once more, for the inner products of all streams together.
         """
-        fitted = 1 if self.encoder_forecaster is not None else len(streams)
+        rings = [ring for ring, p in zip(self.rings, plain, strict=True) if not p]
         if self.fits is None:
             slots = [(self.next_slot - 1 - age) % self.slots for age in range(fitter.window(self.steps))]
-            grams = kernels.ring_gram(self.rings[:fitted], slots).tolist()
+            grams = kernels.ring_gram(rings, slots).tolist() if rings else []
             self.fits = [fitter.fit(self.steps, gram) for gram in grams]
-        out = []
-        for i, stream in enumerate(streams):
-            weights = self.fits[i](step) if i < fitted else [1.0]
-            out += kernels.residual_forecast([stream], [self.rings[i]], self._slot_weights(weights), self.base)
-        return out
+        fits = iter(self.fits)
+        return [[1.0] if p else next(fits)(step) for p in plain]
 
-    def _slot_weights(self, weights: list[float]) -> list[float]:
+    def _slot_weights(self, weights: list[float], plain: bool) -> list[float]:
         """Newest-first weights, put in the order of the slots; unused slots weigh 0 and are not read."""
         slots = self.slots
+        if plain:
+            weights = [1.0]
         if slots == 1:
             return weights
         by_slot = [0.0] * slots

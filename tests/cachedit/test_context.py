@@ -136,3 +136,24 @@ def test_another_dtype_or_device_starts_afresh(change, caplog):
     (record,) = caplog.records
     assert "changed within a request at step 1" in record.message
     assert str(change.popitem()[1]).removeprefix("torch.") in record.message
+
+
+@pytest.mark.parametrize("cache_type", ["residual", "hidden_states"])
+@pytest.mark.parametrize("calibrated", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("count", [1, 2])
+def test_each_stream_is_forecast_as_it_is_set(count, calibrated, cache_type):
+    """A stream without a forecaster reuses its last residual, whatever is kept of the other."""
+    calibrator = TaylorSeerCalibratorConfig(*calibrated, calibrator_cache_type=cache_type)
+    state = SectionState(config(), calibrator)
+    inputs, outputs = [], []
+    for step in (0, 1):
+        state.policy.stored = False
+        inputs.append(streams(step)[:count])
+        outputs.append([x * 2 + step for x in inputs[-1]])
+        state.decide(Measured(inputs[-1][0] - 1, inputs[-1][0]), inputs[-1])
+        state.store(inputs[-1], outputs[-1], None)
+    hidden = streams(5)[:count]
+    for i, out in enumerate(state.forecast(hidden, None)):
+        kept = [o[i] if cache_type == "hidden_states" else o[i] - x[i] for x, o in zip(inputs, outputs, strict=True)]
+        forecast = 2 * kept[1] - kept[0] + (0 if cache_type == "hidden_states" else hidden[i])
+        torch.testing.assert_close(out, forecast if calibrated[i] else hidden[i] + outputs[1][i] - inputs[1][i])

@@ -172,7 +172,8 @@ def test_older_steps_than_the_order_needs_weigh_nothing():
 def test_make_forecaster():
     assert isinstance(make_forecaster(None), Reuse)
     assert isinstance(make_forecaster(CalibratorConfig()), Reuse)
-    assert isinstance(make_forecaster(TaylorSeerCalibratorConfig(enable_calibrator=False)), Reuse)
+    neither = TaylorSeerCalibratorConfig(enable_calibrator=False, enable_encoder_calibrator=False)
+    assert isinstance(make_forecaster(neither), Reuse)
     forecaster = make_forecaster(TaylorSeerCalibratorConfig(taylorseer_order=3))
     assert isinstance(forecaster, TaylorSeer)
     assert forecaster.slots == 4
@@ -181,7 +182,7 @@ def test_make_forecaster():
     assert (forecaster.slots, forecaster.sigma) == (4, 0.7)
     assert forecaster.weights([4, 2], 5) == hermite_weights([4, 2], 5, 3, 0.7)
     assert isinstance(make_forecaster(FoCaCalibratorConfig()), FoCa)
-    assert isinstance(make_forecaster(FoCaCalibratorConfig(enable_calibrator=False)), Reuse)
+    assert isinstance(make_forecaster(FoCaCalibratorConfig(enable_calibrator=False)), FoCa)  # of the encoder
     forecaster = make_forecaster(DMDCalibratorConfig(dmd_history=5, dmd_rank=2, dmd_ridge=0.0))
     assert isinstance(forecaster, DMD) and isinstance(forecaster, FittedForecaster)
     assert (forecaster.slots, forecaster.rank, forecaster.ridge) == (5, 2, 0.0)
