@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .auto import Search, find_blocks
+from .auto import Search
 from .models import MODELS, calls_branches_in_turn, find_entry
 from .modifier import ParamsModifier, modifiers_per_transformer
 from .patch_functor import PatchFunctor
 from .pattern import ForwardPattern, check_outputs
 
-__all__ = ["BlockAdapter", "NamedBlocks", "TransformerPlan", "plan_for"]
+__all__ = ["BlockAdapter", "NamedBlocks", "TransformerPlan", "plan_for", "plan_or_learn"]
 
 _PREFIXES = ["transformer", "single_transformer", "blocks", "layers", "single_stream_blocks", "double_stream_blocks"]
 _SUFFIXES = ["TransformerBlock"]
@@ -34,7 +34,8 @@ class NamedBlocks(NamedTuple):
 class TransformerPlan(NamedTuple):
     """A transformer and its sections: lists in one section share a decision.
 
-    ``modifiers`` has one entry per block list, through all sections in order.
+    ``modifiers`` has one entry per block list, through all sections in order. Where ``search`` is set there are no
+    sections yet: they are learnt from the first forward.
     """
 
     transformer: nn.Module
@@ -43,6 +44,7 @@ class TransformerPlan(NamedTuple):
     has_separate_cfg: bool
     modifiers: list[ParamsModifier | None]
     patch_functor: PatchFunctor | None = None
+    search: Search | None = None
 
 
 @dataclasses.dataclass
@@ -67,14 +69,16 @@ class BlockAdapter:
         check_num_outputs: Check patterns against the blocks' return annotations as well.
         patch_functor: Patches the transformers when the cache is enabled; undone when it is disabled.
         has_separate_cfg: The transformer is called once per guidance branch, in turn.
-        auto: Where neither ``blocks`` nor ``blocks_name`` is given, find one block list per transformer: among those
-            that the six fields below allow and whose blocks' signatures fit ``forward_pattern``, the longest. Without
-            a ``forward_pattern``, signatures must tell it.
+        auto: Where neither ``blocks`` nor ``blocks_name`` is given, learn the block lists and their patterns by
+            watching the first forward, among the lists that the next four fields allow. A ``forward_pattern`` that is
+            given has to be what is seen. The first forward raises a ValueError where it shows something that caching
+            would break.
         allow_prefixes: Beginnings of the names of block lists.
         check_prefixes: Whether ``allow_prefixes`` matter.
         allow_suffixes: Ends of the class names of blocks.
         check_suffixes: Whether ``allow_suffixes`` matter.
-        blocks_policy: ``"max"`` takes the longest list, ``"min"`` the shortest.
+        blocks_policy: ``"max"`` leaves lists alone that are much shorter than the longest; ``"min"`` takes the
+            shortest.
         skip_post_init: Without effect: nothing is done when an adapter is made.
         linked: Whether all block lists of a transformer carry the same streams and share one decision, so that a
             reused step skips the later lists whole. Default: as the model table says, else False.
@@ -125,8 +129,11 @@ class BlockAdapter:
         if not isinstance(transformer, nn.Module):
             raise TypeError(f"transformer{where} must be a torch.nn.Module, got {type(transformer).__name__}")
         transformer = getattr(transformer, "_orig_mod", transformer)  # torch.compile's wrapper
+        if not isinstance(self.patch_functor, PatchFunctor | None):
+            raise TypeError(f"patch_functor must be a PatchFunctor, got {_describe(self.patch_functor)}")
         if self.auto and blocks is None and names is None:
-            names, patterns = find_blocks(transformer, _auto_pattern(where, patterns), self._search())
+            search = self._search(where, patterns)
+            return _unknown(transformer, search, self.has_separate_cfg)._replace(patch_functor=self.patch_functor)
         lists = _find_lists(where, transformer, _as_list(blocks), _as_list(names))
         chosen = _as_list(patterns)
         if not chosen:
@@ -144,8 +151,6 @@ class BlockAdapter:
         if self.check_num_outputs:
             for item in named:
                 check_outputs(item.blocks[0], item.pattern)
-        if not isinstance(self.patch_functor, PatchFunctor | None):
-            raise TypeError(f"patch_functor must be a PatchFunctor, got {_describe(self.patch_functor)}")
         return TransformerPlan(
             transformer,
             self._sections(where, transformer, named),
@@ -155,8 +160,18 @@ class BlockAdapter:
             self.patch_functor,
         )
 
-    def _search(self) -> Search:
-        return Search(**{name: getattr(self, name) for name in Search._fields})
+    def _search(self, where: str, patterns: Nested) -> Search:
+        values = _as_list(patterns)
+        if len(values) > 1:
+            raise ValueError(f"forward_pattern{where}: with auto one pattern stands for all lists, got {len(values)}")
+        return Search(
+            tuple(self.allow_prefixes),
+            self.check_prefixes,
+            tuple(self.allow_suffixes),
+            self.check_suffixes,
+            self.blocks_policy,
+            _as_pattern(where, values[0]) if values else None,
+        )
 
     def _sections(self, where: str, transformer: nn.Module, named: list[NamedBlocks]) -> list[list[NamedBlocks]]:
         if self.linked is None:
@@ -201,6 +216,23 @@ def plan_for(transformer: nn.Module, pipe: Any = None) -> TransformerPlan:
     return TransformerPlan(transformer, sections, True, separate, [None] * sum(map(len, sections)))
 
 
+def plan_or_learn(transformer: nn.Module, pipe: Any = None) -> TransformerPlan:
+    """Plan a transformer from the model table, or by watching its first forward where its class is not in it.
+
+    Raises:
+        ValueError: If it has no list of blocks to look at.
+    """
+    transformer = getattr(transformer, "_orig_mod", transformer)
+    if find_entry(transformer) is not None:
+        return plan_for(transformer, pipe)
+    return _unknown(transformer, Search(), calls_branches_in_turn(pipe))
+
+
+def _unknown(transformer: nn.Module, search: Search, separate: bool) -> TransformerPlan:
+    search.candidates(transformer)  # raises where there is none
+    return TransformerPlan(transformer, [], False, separate, [None], None, search)
+
+
 def _sections_by_table(transformer: nn.Module, named: list[NamedBlocks]) -> list[list[NamedBlocks]]:
     """Neighbours share a decision where the model table has them in one group (and their patterns allow it)."""
     entry = find_entry(transformer)
@@ -230,13 +262,6 @@ def _per_transformer(name: str, value: Nested, count: int) -> list[Nested]:
     if len(value) != count:
         raise ValueError(f"{name}: expected one entry per transformer ({count}), got {_describe(value)}")
     return list(value)
-
-
-def _auto_pattern(where: str, patterns: Nested) -> ForwardPattern | None:
-    values = _as_list(patterns)
-    if len(values) > 1:
-        raise ValueError(f"forward_pattern{where}: auto finds one block list, got {len(values)} patterns")
-    return _as_pattern(where, values[0]) if values else None
 
 
 def _find_lists(

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
 
-from .adapter import BlockAdapter, TransformerPlan, plan_for
+from .adapter import BlockAdapter, TransformerPlan, plan_or_learn
 from .attention import set_attention_backend
 from .config import BasicCacheConfig, CacheType, CalibratorConfig, DBCacheConfig
 from .controller import Controller, controller_of
+from .lazy import LazyController
 from .models import find_transformers
-from .modifier import Settings, modified, modifiers_per_transformer, settings_per_section
+from .modifier import ParamsModifier, Settings, modified, modifiers_per_transformer, settings_per_section
 from .register import BlockAdapterRegister
 from .stats import CacheStats, collect, format_table
 from .watch import PipelineWatch
@@ -79,13 +80,11 @@ def enable_cache(
     common.check()
     if params_modifiers is None:
         params_modifiers = [plan.modifiers for plan in plans]
-    controllers = []
-    counts = [sum(len(group) for group in plan.sections) for plan in plans]
-    for plan, modifiers in zip(plans, modifiers_per_transformer(params_modifiers, counts), strict=True):
-        groups, settings = settings_per_section(common, modifiers, plan.sections)
-        for each in settings:
-            each.check()
-        controllers.append(Controller(plan._replace(sections=groups), settings))
+    counts = [len(plan.modifiers) for plan in plans]
+    controllers = [
+        _make_controller(plan, common, modifiers)
+        for plan, modifiers in zip(plans, modifiers_per_transformer(params_modifiers, counts), strict=True)
+    ]
     if attention_backend is not None:
         set_attention_backend([plan.transformer for plan in plans], attention_backend)
     if common.config.cache_type is CacheType.NONE:
@@ -243,14 +242,14 @@ def _plans(target: Any) -> tuple[Any, list[TransformerPlan]]:
     if adapter is not None:
         return adapter.pipe, adapter.plans()
     if isinstance(target, nn.Module):
-        return None, [plan_for(target)]
+        return None, [plan_or_learn(target)]
     transformers = find_transformers(target)
     if not transformers:
         raise TypeError(
             "pipe_or_adapter must be a pipeline with a transformer, a torch.nn.Module or a BlockAdapter, "
             f"got {type(target).__name__}"
         )
-    return target, [plan_for(transformer, target) for transformer in transformers]
+    return target, [plan_or_learn(transformer, target) for transformer in transformers]
 
 
 def _controllers(target: Any) -> list[Controller]:
@@ -272,6 +271,17 @@ def _enabled(name: str, target: Any) -> list[Controller]:
     if not controllers:
         raise ValueError(f"{name}: the cache is not enabled on this {type(target).__name__}")
     return controllers
+
+
+def _make_controller(plan: TransformerPlan, common: Settings, modifiers: Sequence[ParamsModifier | None]) -> Controller:
+    if plan.search is not None:  # lists are not known yet: one modifier stands for all of them
+        _, (settings,) = settings_per_section(common, modifiers, [[None]])
+        settings.check()
+        return LazyController(plan, settings)
+    groups, per_section = settings_per_section(common, modifiers, plan.sections)
+    for settings in per_section:
+        settings.check()
+    return Controller(plan._replace(sections=groups), per_section)
 
 
 def _announce(controller: Controller, pipe: Any) -> None:

@@ -87,9 +87,12 @@ def estimate_memory(
         >>> estimate.bytes
     """
     pipe, plans = _plans(pipe_or_adapter)
+    unknown = [type(plan.transformer).__name__ for plan in plans if plan.search is not None]
+    if unknown:
+        raise ValueError(f"pipe_or_adapter: the blocks of {unknown[0]} are not known; describe them with BlockAdapter")
     common = Settings(DBCacheConfig() if cache_config is None else cache_config, calibrator_config)
     common.check()
-    counts = [sum(len(group) for group in plan.sections) for plan in plans]
+    counts = [len(plan.modifiers) for plan in plans]
     probes = []
     for plan, modifiers in zip(plans, modifiers_per_transformer(params_modifiers, counts), strict=True):
         groups, settings = settings_per_section(common, modifiers, plan.sections)

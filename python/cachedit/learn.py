@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -22,16 +22,23 @@ from .pattern import BlockSignature, ForwardPattern
 
 __all__ = ["learn_sections"]
 
-MINIMUM = 3  # blocks: shorter lists are not worth caching
 SHARE = 3  # a list shorter than this part of the longest is a refiner or the like, and left alone
 
 
-def learn_sections(transformer: nn.Module, forward: Callable[[], Any]) -> tuple[Any, list[list[NamedBlocks]]]:
+def learn_sections(
+    transformer: nn.Module,
+    candidates: Sequence[tuple[str, nn.ModuleList]],
+    forward: Callable[[], Any],
+    blocks_policy: str = "max",
+) -> tuple[Any, list[list[NamedBlocks]]]:
     """Run one forward and find out which block lists can be cached, and how.
 
     Args:
         transformer: The transformer.
+        candidates: Its block lists to look at, with their names.
         forward: Calls it, with gradients disabled.
+        blocks_policy: ``"max"`` leaves lists alone that are much shorter than the longest one that can be cached;
+            ``"min"`` takes the shortest only.
 
     Returns:
         What ``forward`` returned, and the block lists in calling order; lists that hand all their streams on to the
@@ -41,7 +48,7 @@ def learn_sections(transformer: nn.Module, forward: Callable[[], Any]) -> tuple[
         ValueError: If no list can be cached; says what was seen of each.
     """
     watch = _Watch()
-    lists = [_WatchedList(watch, i, name, blocks) for i, (name, blocks) in enumerate(_candidates(transformer))]
+    lists = [_WatchedList(watch, i, name, blocks) for i, (name, blocks) in enumerate(candidates)]
     with ExitStack() as stack:
         for watched in lists:
             stack.enter_context(watched.hooked())
@@ -54,14 +61,16 @@ def learn_sections(transformer: nn.Module, forward: Callable[[], Any]) -> tuple[
             found += [watched] if reason is None else []
             reasons += [f"{watched.name}: {reason}"] if reason is not None else []
     if not found:
-        seen = "; ".join(reasons) or f"its forward calls no list of {MINIMUM} or more blocks"
+        seen = "; ".join(reasons) or f"its forward calls no blocks of {', '.join(name for name, _ in candidates)}"
         raise ValueError(
             f"{type(transformer).__name__} is not in the model table, and cannot be cached as it is: {seen}. Describe "
             "its blocks with BlockAdapter, and with a PatchFunctor if its loop does more than call them"
         )
     found.sort(key=lambda watched: watched.calls[0].position)
-    longest = max(len(watched.blocks) for watched in found)
-    return output, _grouped([watched for watched in found if SHARE * len(watched.blocks) >= longest])
+    lengths = [len(watched.blocks) for watched in found]
+    if blocks_policy == "min":
+        return output, _grouped([watched for watched in found if len(watched.blocks) == min(lengths)][:1])
+    return output, _grouped([watched for watched in found if SHARE * len(watched.blocks) >= max(lengths)])
 
 
 class _Call:
@@ -198,12 +207,6 @@ class _WatchedList:
         else:
             self.pattern = ForwardPattern.Pattern_4 if first else ForwardPattern.Pattern_5
         return None
-
-
-def _candidates(transformer: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
-    for name, module in transformer.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) >= MINIMUM:
-            yield name, module
 
 
 def _parameters(block: nn.Module) -> list[str]:

@@ -43,8 +43,7 @@ class ToyPipeline:
 
 def test_a_registered_pipeline_is_enabled_by_itself():
     pipe = ToyPipeline()
-    with pytest.raises(ValueError, match="Toy is not in the model table"):
-        cachedit.enable_cache(pipe, CONFIG)
+    assert cachedit.get_adapter(pipe) is None
     register("ToyPipe")
     assert cachedit.enable_cache(pipe, CONFIG) is pipe
     for steps in (4, 3):  # and the pipeline tells when a request starts
@@ -182,5 +181,3 @@ def test_names_are_those_of_the_class_not_of_its_bases():
 
     register("Toy")
     assert cachedit.get_adapter(Derived()) is None
-    with pytest.raises(ValueError, match="Derived is not in the model table"):
-        cachedit.enable_cache(Derived(), CONFIG)

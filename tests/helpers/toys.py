@@ -97,6 +97,37 @@ class Toy(nn.Module):
         return hidden + encoder.mean(1, keepdim=True)
 
 
+class Shaped(nn.Module):
+    """A transformer whose loop over its blocks does what ``shape`` says, mostly something that caching would break."""
+
+    def __init__(self, shape, block=SingleBlock, pattern=ForwardPattern.Pattern_3):
+        super().__init__()
+        self.shape = shape
+        self.blocks = nn.ModuleList(block(pattern) for _ in range(6))
+
+    def forward(self, hidden_states, encoder_hidden_states, timestep):
+        hidden, skips = hidden_states, []
+        blocks = list(enumerate(self.blocks))
+        if self.shape == "reversed":
+            blocks = blocks[::-1]
+        if self.shape == "twice":
+            blocks = blocks + blocks
+        if self.shape == "early exit":
+            blocks = blocks[:4]
+        for i, block in blocks:
+            if self.shape == "between":
+                hidden = hidden + 0.01
+            if self.shape == "kept":
+                skips.append(hidden)
+                if i >= 3:
+                    hidden.add_(skips[5 - i])
+            if self.shape == "other parameter":
+                _, hidden = block(hidden_states, encoder_hidden_states=hidden)
+                continue
+            hidden = block(hidden)
+        return hidden
+
+
 def make_toy(seed: int = 0, **kwargs: Any) -> Toy:
     torch.manual_seed(seed)
     return Toy(**kwargs).eval().requires_grad_(False)
