@@ -108,7 +108,8 @@ class Request:
         self.total_steps = total_steps
         self.calls = 0  # forwards, over all branches
         self.step = 0  # that the newest forward belongs to
-        self.position = -1  # of its branch among the branches
+        self.order: list[str] = []  # of the branches, as they were first called
+        self.position = -1  # of the newest forward's branch in this order
         self.turn = -1  # of the forward within its step, as far as the scheduler tells; else in the request
         self.scheduler_step: Any = None
         self.moved = self.moves = False  # whether the scheduler's step is another than at the forward before; ever was
@@ -134,15 +135,17 @@ class Request:
             sections: The transformer's sections.
             next_total: Steps of the request that begins if this one is over. Default: as many again.
         """
-        names, scheduler_step = list(self.branches), self.scheduler_step
-        position = names.index(name) if name in self.branches else len(names)
         again = name in self.branches and self.branches[name].step > self.step
-        if self.moved or again or (position <= self.position and not self.moves):
+        not_later = name in self.order and self.order.index(name) <= self.position
+        if self.moved or again or (not_later and not self.moves):
             self.step += 1
             if self.total_steps is not None and self.step >= self.total_steps:
+                scheduler_step = self.scheduler_step
                 self.begin(self.total_steps if next_total is None else next_total)
                 self.heed(scheduler_step)
-        self.position = position
+        if name not in self.order:
+            self.order.append(name)
+        self.position = self.order.index(name)
         branch = self.branches.get(name)
         if branch is None:
             branch = self.branches[name] = Branch(name, sections, self.total_steps)

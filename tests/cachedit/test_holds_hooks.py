@@ -4,6 +4,8 @@ Without an accelerator both devices are the CPU. What accelerate offloads lies o
 group offloading to disk leaves uninitialised memory behind, so weights that are not brought back show.
 """
 
+import functools
+
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -11,7 +13,8 @@ from accelerate.hooks import remove_hook_from_submodules
 from diffusers.hooks import apply_group_offloading
 
 import cachedit
-from cachedit import TaylorSeerCalibratorConfig
+from cachedit import DBPruneConfig, TaylorSeerCalibratorConfig
+from cachedit.prune import PruneState
 from holds import both_kinds, reused, reusing, same, traces
 from toys import call_flux, flux_inputs, tiny_flux, tiny_flux_pipeline
 
@@ -28,9 +31,11 @@ def enable(model, kind, **fields):
     cachedit.enable_cache(model, reusing(kind, num_inference_steps=6, **fields), TaylorSeerCalibratorConfig())
 
 
-def expected(kind, **fields):
+@functools.cache
+def expected(kind=None, **fields):
     model = tiny_flux()
-    enable(model, kind, **fields)
+    if kind is not None:
+        enable(model, kind, **fields)
     return run(model)
 
 
@@ -68,20 +73,24 @@ def test_offloading(kind, enabled_first, tail, offload, tmp_path):
             torch.testing.assert_close(ours, theirs)
         assert reused(model) == [[2, 3, 4, 5]]
     cachedit.disable_cache(model)
-    for ours, theirs in zip(run(model), run(tiny_flux()), strict=True):
+    for ours, theirs in zip(run(model), expected(), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_blocks_that_are_never_pruned_bring_their_weights(tmp_path):
-    from cachedit import DBPruneConfig
-
-    fields = {"non_prune_block_ids": [2, 4]}
-    model = tiny_flux(2, 4)
-    OFFLOADS["groups of two"](model, tmp_path)
-    enable(model, DBPruneConfig, **fields)
-    other = tiny_flux(2, 4)
-    enable(other, DBPruneConfig, **fields)
-    for ours, theirs in zip(run(model), run(other), strict=True):
+@pytest.mark.parametrize("why", ["never pruned", "moved too far"])
+def test_blocks_computed_behind_pruned_ones_bring_their_weights(why, tmp_path, monkeypatch):
+    fields = {"non_prune_block_ids": [3, 5]} if why == "never pruned" else {}
+    if why == "moved too far":
+        monkeypatch.setattr(PruneState, "_below_threshold", lambda self, number, diff: number not in (3, 5))
+    outputs = []
+    for offloaded in (True, False):
+        model = tiny_flux(2, 4)
+        if offloaded:
+            OFFLOADS["groups of two"](model, tmp_path)
+        enable(model, DBPruneConfig, **fields)
+        outputs.append(run(model))
+        assert cachedit.summary(model, logging=False)[0].pruned_blocks == [0, 0, 3, 3, 3, 3]
+    for ours, theirs in zip(*outputs, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 

@@ -184,6 +184,18 @@ def test_a_loop_of_one_s_own_that_sets_the_pipeline_s_scheduler():
         assert same(pipe.denoise(pipe.scheduler.timesteps), expected)
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_jobs_that_share_a_scheduler_give_their_counts(given):
+    """A server sets the pipeline's scheduler for each new job, while the steps of others are under way."""
+    pipe = cached(Pipeline(), reusing())
+    for step in range(8):
+        pipe.scheduler.set_timesteps(8)
+        pipe.scheduler.step(torch.zeros(1), pipe.scheduler.timesteps[0], torch.zeros(1))
+        with cachedit.request(pipe, "a", num_inference_steps=8 if given else None), torch.no_grad():
+            pipe.transformer(**toy_inputs(step, 8))
+    assert reused(pipe) == [[2, 3, 4, 5, 6, 7] if given else []]
+
+
 def test_the_configured_count_goes_before_a_guess():
     """Image-to-image without a bar: 28 steps set, 17 run. Only the user can know that."""
 
