@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .auto import Search, find_blocks
-from .models import MODELS, calls_branches_in_turn, find_entry
+from .models import MODELS, UNCOVERED, calls_branches_in_turn, find_entry
 from .modifier import ParamsModifier, modifiers_per_transformer
 from .patch_functor import PatchFunctor
 from .pattern import ForwardPattern, check_outputs
@@ -24,11 +24,12 @@ Nested = Any  # one value, a list (per block list or per transformer), or a list
 
 
 class NamedBlocks(NamedTuple):
-    """A block list with its name and pattern."""
+    """A block list with its name and pattern, and what its blocks call the two streams."""
 
     name: str
     blocks: nn.ModuleList
     pattern: ForwardPattern
+    streams: tuple[str, str] = ("hidden_states", "encoder_hidden_states")
 
 
 class TransformerPlan(NamedTuple):
@@ -189,12 +190,14 @@ def plan_for(transformer: nn.Module, pipe: Any = None) -> TransformerPlan:
     transformer = getattr(transformer, "_orig_mod", transformer)
     entry = find_entry(transformer)
     if entry is None:
+        name = type(transformer).__name__
         raise ValueError(
-            f"{type(transformer).__name__} is not in the model table ({', '.join(sorted(MODELS))}); describe its "
-            "blocks with BlockAdapter(transformer=..., blocks=..., forward_pattern=...)"
+            f"{name} is not in the model table of {len(MODELS)} classes, cachedit.models.MODELS"
+            f"{f' ({UNCOVERED[name]})' if name in UNCOVERED else ''}; describe its blocks "
+            "with BlockAdapter(transformer=..., blocks=..., forward_pattern=...)"
         )
     sections = [
-        [NamedBlocks(item.name, _get_list("", transformer, item.name), item.pattern) for item in group]
+        [NamedBlocks(item.name, _get_list("", transformer, item.name), item.pattern, item.streams) for item in group]
         for group in entry.sections
     ]
     separate = calls_branches_in_turn(pipe)
