@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .auto import Search
-from .models import MODELS, calls_branches_in_turn, find_entry
+from .models import MODELS, UNCOVERED, calls_branches_in_turn, find_entry
 from .modifier import ParamsModifier, modifiers_per_transformer
 from .patch_functor import PatchFunctor
 from .pattern import ForwardPattern, check_outputs
@@ -24,11 +24,12 @@ Nested = Any  # one value, a list (per block list or per transformer), or a list
 
 
 class NamedBlocks(NamedTuple):
-    """A block list with its name and pattern."""
+    """A block list with its name and pattern, and what its blocks call the two streams."""
 
     name: str
     blocks: nn.ModuleList
     pattern: ForwardPattern
+    streams: tuple[str, str] = ("hidden_states", "encoder_hidden_states")
 
 
 class TransformerPlan(NamedTuple):
@@ -204,12 +205,14 @@ def plan_for(transformer: nn.Module, pipe: Any = None) -> TransformerPlan:
     transformer = getattr(transformer, "_orig_mod", transformer)
     entry = find_entry(transformer)
     if entry is None:
+        name = type(transformer).__name__
         raise ValueError(
-            f"{type(transformer).__name__} is not in the model table ({', '.join(sorted(MODELS))}); describe its "
-            "blocks with BlockAdapter(transformer=..., blocks=..., forward_pattern=...)"
+            f"{name} is not in the model table of {len(MODELS)} classes, cachedit.models.MODELS"
+            f"{f' ({UNCOVERED[name]})' if name in UNCOVERED else ''}; describe its blocks "
+            "with BlockAdapter(transformer=..., blocks=..., forward_pattern=...)"
         )
     sections = [
-        [NamedBlocks(item.name, _get_list("", transformer, item.name), item.pattern) for item in group]
+        [NamedBlocks(item.name, _get_list("", transformer, item.name), item.pattern, item.streams) for item in group]
         for group in entry.sections
     ]
     separate = calls_branches_in_turn(pipe)
@@ -220,10 +223,10 @@ def plan_or_learn(transformer: nn.Module, pipe: Any = None) -> TransformerPlan:
     """Plan a transformer from the model table, or by watching its first forward where its class is not in it.
 
     Raises:
-        ValueError: If it has no list of blocks to look at.
+        ValueError: If it has no list of blocks to look at, or is known not to be covered.
     """
     transformer = getattr(transformer, "_orig_mod", transformer)
-    if find_entry(transformer) is not None:
+    if find_entry(transformer) is not None or type(transformer).__name__ in UNCOVERED:
         return plan_for(transformer, pipe)
     return _unknown(transformer, Search(), calls_branches_in_turn(pipe))
 

@@ -91,6 +91,7 @@ class SectionRun:
         if not self.keep:
             return
         outputs = [hidden] if encoder is None else [hidden, encoder]
+        self.inputs = self.inputs[: len(outputs)]  # the last block may drop the encoder's stream (SD3)
         check_shapes(block, self.inputs, outputs)
         if self.section.in_place is None:
             self.section.in_place = self.guard.compare()

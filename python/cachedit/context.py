@@ -96,7 +96,9 @@ class State:
                 _describe(new),
                 _describe(specs),
             )
+            origin = self.policy.origin
             self.forget()
+            self.policy.origin = origin  # the request goes on: mask and warm-up do not start over
 
 
 class SectionState(State):
@@ -164,8 +166,8 @@ class SectionState(State):
         return decision, diff
 
     def forecast(self, streams: list[torch.Tensor], diff: float | None) -> list[torch.Tensor]:
-        """Forecast the body's outputs from its inputs."""
-        out = self.residuals.forecast(self.policy.step, streams)
+        """Forecast the body's outputs from its inputs; of streams that it drops there is nothing to forecast."""
+        out = self.residuals.forecast(self.policy.step, streams[: len(self.residuals.rings)])
         self.policy.record(Decision.REUSE, diff)
         return out
 

@@ -92,7 +92,7 @@ class Controller:
             section = Section(name, sum(len(item.blocks) for item in group), *chosen)
             offset = 0
             for item in group:
-                signature = BlockSignature(item.blocks[0], item.pattern, check=plan.check_forward_pattern)
+                signature = BlockSignature(item.blocks[0], item.pattern, plan.check_forward_pattern, item.streams)
                 self.lists.append((item.blocks, Link(index, section, offset, signature)))
                 offset += len(item.blocks)
             self.sections.append(section)

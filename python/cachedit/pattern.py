@@ -84,19 +84,20 @@ class BlockSignature:
         pattern: The list's pattern.
         check: Require that the parameters have the streams' names. Without the check, streams are taken by position
             where the names are missing.
+        names: What the block calls hidden_states and encoder_hidden_states.
 
     Raises:
         ValueError: If the check fails; names the block's class, its signature and the patterns that would match.
     """
 
-    def __init__(self, block: nn.Module, pattern: ForwardPattern, check: bool = True):
+    def __init__(self, block: nn.Module, pattern: ForwardPattern, check: bool = True, names: tuple[str, str] = (H, E)):
         parameters = _forward_parameters(block)
         if check:
-            _check_signature(block, pattern, parameters)
-        names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+            _check_signature(block, pattern, parameters, names)
+        positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         self.pattern = pattern
-        self.hidden_name, self.hidden_index = _locate(H, 0, names)
-        self.encoder_name, self.encoder_index = _locate(E, 1, names)
+        self.hidden_name, self.hidden_index = _locate(names[0], 0, positional)
+        self.encoder_name, self.encoder_index = _locate(names[1], 1, positional)
 
     def hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The hidden_states tensor of a call."""
@@ -155,9 +156,9 @@ def _forward_parameters(block: nn.Module) -> list[inspect.Parameter]:
     return list(inspect.signature(forward).parameters.values())
 
 
-def _streams_of(block: nn.Module) -> tuple[str, ...]:
-    names = {p.name for p in _forward_parameters(block)}
-    return tuple(name for name in (H, E) if name in names)
+def _streams_of(block: nn.Module, names: tuple[str, str] = (H, E)) -> tuple[str, ...]:
+    present = {p.name for p in _forward_parameters(block)}
+    return tuple(stream for stream, name in zip((H, E), names, strict=True) if name in present)
 
 
 def _locate(name: str, default_index: int, names: list[str]) -> tuple[str, int]:
@@ -166,11 +167,14 @@ def _locate(name: str, default_index: int, names: list[str]) -> tuple[str, int]:
     return (names[default_index] if default_index < len(names) else name), default_index
 
 
-def _check_signature(block: nn.Module, pattern: ForwardPattern, parameters: list[inspect.Parameter]) -> None:
+def _check_signature(
+    block: nn.Module, pattern: ForwardPattern, parameters: list[inspect.Parameter], names: tuple[str, str]
+) -> None:
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return  # a wrapper: nothing to read off
-    present = _streams_of(block)
-    missing = [name for name in pattern.In if name not in present]
+    present = _streams_of(block, names)
+    given = dict(zip((H, E), names, strict=True))
+    missing = [given[stream] for stream in pattern.In if stream not in present]
     if missing:
         hint = (
             _suggest(present, _annotated_outputs(block))

@@ -1,4 +1,5 @@
 import logging
+import types
 
 import pytest
 import torch
@@ -248,6 +249,13 @@ class TestChangesOfStreams:
         assert reused(model) == [[1, 2, 4, 5]]
         assert [record.message for record in caplog.records if "changed within a request at step 3" in record.message]
 
+    def test_mask_goes_on_where_it_was(self):
+        model = self.enable(steps_computation_mask=[1, 0, 1, 0, 0, 1, 0, 1], steps_computation_policy="static")
+        with torch.no_grad():
+            for step in range(8):
+                model(**toy_inputs(step, 8, tokens=5 if step < 2 else 7))
+        assert reused(model) == [[1, 3, 4, 6]]
+
     @pytest.mark.parametrize("change", [{"batch": 3}, {"tokens": 7}], ids=str)
     def test_between_requests_starts_afresh_silently(self, change, caplog):
         model = self.enable(num_inference_steps=3)
@@ -296,6 +304,33 @@ class TestChangesOfStreams:
                 assert (out[1] is None) == (encoder is None)
         assert reused(model) == [[1, 3, 5]]
         assert sum("changed within a request" in record.message for record in caplog.records) == 2
+
+    def test_encoder_stream_that_the_last_block_drops(self):
+        """SD3: there is nothing of it to forecast."""
+
+        class Last(nn.Module):
+            def forward(self, hidden_states, encoder_hidden_states):
+                return None, hidden_states + 0.1 * encoder_hidden_states.mean(1, keepdim=True)
+
+        model = make_toy(pattern=P1, depth=4)
+        model.blocks[-1] = Last()
+
+        def forward(self, h, e):
+            for block in self.blocks:
+                e, h = block(hidden_states=h, encoder_hidden_states=e)
+            return h, e
+
+        model.forward = types.MethodType(forward, model)
+        adapter = BlockAdapter(transformer=model, blocks=model.blocks, forward_pattern=P1)
+        h, e = torch.ones(1, 2, 8), torch.ones(1, 3, 8)
+        with torch.no_grad():
+            expected = model(h, e)[0]
+            cachedit.enable_cache(adapter, reusing(max_warmup_steps=0), TaylorSeerCalibratorConfig())
+            for _ in range(4):
+                hidden, encoder = model(h, e)
+                torch.testing.assert_close(hidden, expected)
+                assert encoder is None
+        assert reused(model) == [[1, 2, 3]]
 
 
 class TestGradients:

@@ -111,3 +111,22 @@ def test_wrong_pattern_is_told_on_the_first_step(actual, claimed, message):
         run_toy(model, 1)
     cachedit.disable_cache(model)
     run_toy(model, 1)
+
+
+class TwoModalities(torch.nn.Module):
+    def forward(self, text, video, encoder_hidden_states, audio):
+        return video, audio
+
+
+class TestOtherNames:
+    """Blocks may call their streams otherwise."""
+
+    def test_streams_are_found_by_these_names(self):
+        signature = BlockSignature(TwoModalities(), ForwardPattern.Pattern_0, names=("video", "audio"))
+        calls = (("t", "v", "e", "a"), {}), (("t", "v"), {"audio": "a"}), ((), {"video": "v", "audio": "a"})
+        for args, kwargs in calls:
+            assert (signature.hidden(args, kwargs), signature.encoder(args, kwargs)) == ("v", "a")
+
+    def test_names_that_are_not_there(self):
+        with pytest.raises(ValueError, match=r"TwoModalities.forward.*has no parameter 'image'"):
+            BlockSignature(TwoModalities(), ForwardPattern.Pattern_3, names=("image", "audio"))

@@ -6,6 +6,7 @@ body's input plus a Taylor expansion of the body's residual, kept as a ladder of
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,16 +15,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from cachedit import ForwardPattern
+from cachedit.adapter import NamedBlocks
 
 Streams = dict[str, Tensor]
-Lists = Sequence[tuple[nn.ModuleList, ForwardPattern]]
 
 
 class SectionExecutor:
     """One section: block lists whose blocks are numbered through; the first ``Fn`` and last ``Bn`` always count."""
 
-    def __init__(self, lists: Lists, order: int, Fn: int, Bn: int):
-        blocks = [(block, pattern) for blocks, pattern in lists for block in blocks]
+    def __init__(self, lists: Sequence[NamedBlocks], order: int, Fn: int, Bn: int):
+        blocks = [(block, item.pattern) for item in lists for block in item.blocks]
+        first = next(item for item in lists if blocks[Fn][0] in list(item.blocks))
+        self.names = dict(zip(("hidden_states", "encoder_hidden_states"), first.streams))
         self.head_end, self.body, self.order = blocks[Fn - 1], blocks[Fn : len(blocks) - Bn], order
         self.ladders: dict[int, list[Streams]] = {}  # per branch
         self.last: dict[int, int] = {}
@@ -46,30 +49,33 @@ class SectionExecutor:
         self.streams = _named(self.head_end[1], output)
 
     def _enter(self, block: nn.Module, args: Any, kwargs: Any) -> None:
-        names = self.body[0][1].In
-        given = dict(zip(names, args)) | {name: kwargs[name] for name in names if name in kwargs}
+        parameters = list(inspect.signature(block.forward).parameters)
+        given = dict(zip(parameters, args)) | kwargs
+        given = {stream: given[self.names[stream]] for stream in self.body[0][1].Out if self.names[stream] in given}
         self.streams = {name: value.clone() for name, value in (self.streams | given).items() if value is not None}
 
     def _leave(self, block: nn.Module, args: Any, output: Any) -> Any:
         pattern = self.body[-1][1]
-        streams = {name: self.streams[name] for name in pattern.Out if name in self.streams}
+        streams = self.streams
         ladder, gap = self.ladders.get(self.branch, []), self.step - self.last.get(self.branch, 0)
-        if self.compute:
+        if ladder and any(rung.shape != streams[name].shape for name, rung in ladder[0].items()):
+            ladder = []
+        if self.compute or not ladder:
             outputs = _named(pattern, output)
-            rungs = [{name: outputs[name] - value for name, value in streams.items()}]
+            rungs = [{name: value - streams[name] for name, value in outputs.items()}]
             for i in range(min(self.order, len(ladder))):
-                rungs.append({name: (rungs[i][name] - ladder[i][name]) / gap for name in streams})
+                rungs.append({name: (rungs[i][name] - ladder[i][name]) / gap for name in outputs})
             self.ladders[self.branch], self.last[self.branch] = rungs, self.step
             return output
         for i, rung in enumerate(ladder):
-            streams = {name: value + rung[name] * gap**i / math.factorial(i) for name, value in streams.items()}
+            streams = {name: streams[name] + rung[name] * gap**i / math.factorial(i) for name in rung}
         ordered = tuple(streams.get(name) for name in pattern.Out)
         return ordered[0] if len(ordered) == 1 else ordered
 
 
 @contextmanager
 def executing(
-    sections: dict[nn.Module, list[Lists]],
+    sections: dict[nn.Module, list[list[NamedBlocks]]],
     mask: Sequence[int],
     branches: int,
     order: int = 1,
@@ -100,4 +106,5 @@ def executing(
 
 
 def _named(pattern: ForwardPattern, output: Any) -> Streams:
-    return dict(zip(pattern.Out, output if isinstance(output, tuple) else (output,)))
+    named = zip(pattern.Out, output if isinstance(output, tuple) else (output,))
+    return {name: value for name, value in named if value is not None}

@@ -9,12 +9,49 @@ from torch import nn
 __all__ = ["DENOISERS", "SEPARATE_CFG", "calls_branches_in_turn", "find_transformers"]
 
 # Attributes that hold the denoisers, where they are not called transformer and transformer_2.
-DENOISERS: dict[str, tuple[str, ...]] = {}
+DENOISERS: dict[str, tuple[str, ...]] = {
+    "Ideogram4Pipeline": ("transformer", "unconditional_transformer"),
+    "KandinskyPriorPipeline": ("prior",),
+    "KandinskyV22PriorEmb2EmbPipeline": ("prior",),
+    "KandinskyV22PriorPipeline": ("prior",),
+    "ShapEImg2ImgPipeline": ("prior",),
+    "ShapEPipeline": ("prior",),
+}
 
 # Pipelines that call their transformer once per guidance branch without naming the branch by cache_context.
 SEPARATE_CFG: frozenset[str] = frozenset(
     {
+        "BriaFibo2Pipeline",
+        "ChromaImg2ImgPipeline",
+        "ChromaInpaintPipeline",
+        "ChromaPipeline",
+        "ChronoEditPipeline",
+        "CogView4ControlPipeline",
+        "Cosmos2TextToImagePipeline",
+        "Cosmos2VideoToWorldPipeline",
+        "Cosmos2_5_PredictBasePipeline",
+        "Cosmos2_5_TransferPipeline",
+        "CosmosTextToWorldPipeline",
+        "CosmosVideoToWorldPipeline",
+        "FluxControlNetPipeline",
         "FluxImg2ImgPipeline",
+        "FluxInpaintPipeline",
+        "FluxKontextInpaintPipeline",
+        "FluxKontextPipeline",
+        "GlmImagePipeline",
+        "HunyuanSkyreelsImageToVideoPipeline",
+        "HunyuanVideoFramepackPipeline",
+        "HunyuanVideoImageToVideoPipeline",
+        "JoyImageEditPipeline",
+        "Kandinsky5I2IPipeline",
+        "Kandinsky5I2VPipeline",
+        "Kandinsky5T2IPipeline",
+        "Kandinsky5T2VPipeline",
+        "Krea2Pipeline",
+        "LongCatAudioDiTPipeline",
+        "Lumina2Pipeline",
+        "NucleusMoEImagePipeline",
+        "WanVideoToVideoPipeline",
     }
 )
 

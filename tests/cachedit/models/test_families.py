@@ -1,4 +1,4 @@
-"""What the model table says, proved on a small pipeline of every family: see tests/helpers/pipelines.py."""
+"""What the model table says, proved on a small pipeline of every family: see tests/helpers/pipelines/."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import cachedit
 from cachedit import DBCacheConfig, TaylorSeerCalibratorConfig
@@ -16,7 +16,7 @@ from cachedit.models import find_transformers
 from executor import executing
 from pipelines import BUILDERS, Tiny, build
 
-STEPS, OTHER_STEPS = 8, 10
+STEPS, OTHER_STEPS = 8, 12
 
 
 class Family(NamedTuple):
@@ -54,9 +54,13 @@ def enable(target, mask="fast", **kwargs: Any):
     return cachedit.enable_cache(target, config, TaylorSeerCalibratorConfig())
 
 
+def mask_of(family: Family, steps: int) -> list[int]:
+    return cachedit.steps_mask(total_steps=family.tiny.forwards(steps), mask_policy="fast")
+
+
 def mask_for(family: Family, steps: int) -> list[int] | str:
     """By name where the pipeline tells the step count; transformers that share the steps get one mask each."""
-    return "fast" if len(family.transformers) == 1 else cachedit.steps_mask(total_steps=steps, mask_policy="fast")
+    return "fast" if len(family.transformers) == 1 else mask_of(family, steps)
 
 
 class Calls:
@@ -78,16 +82,17 @@ def copies(tree: Any) -> Any:
     return tree_map_only(torch.Tensor, torch.clone, tree)
 
 
+def tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
 
 
 def expected(family: Family, steps: int, **kwargs: Any) -> torch.Tensor:
-    sections = {
-        transformer: [[(item.blocks, item.pattern) for item in group] for group in plan_for(transformer).sections]
-        for transformer in family.transformers
-    }
-    mask = cachedit.steps_mask(total_steps=steps, mask_policy="fast")
+    sections = {transformer: plan_for(transformer).sections for transformer in family.transformers}
+    mask = mask_of(family, steps)
     with executing(sections, mask, family.tiny.branches):
         return family.tiny(steps, **kwargs)
 
@@ -119,28 +124,31 @@ def test_mask_equals_an_independent_executor(family):
 
 
 def check_summary(family: Family, steps: int) -> None:
-    mask = cachedit.steps_mask(total_steps=steps, mask_policy="fast")
+    mask = mask_of(family, steps)
     for stats in cachedit.summary(family.tiny.pipe, logging=False):
         assert len(stats.branches) == family.tiny.branches
         for branch in stats.branches.values():
-            assert [int(not record.reused) for record in branch.records] == mask[: len(branch.records)]
-    first = cachedit.summary(family.tiny.pipe, logging=False)[0]
-    assert first.cached_steps and (family.tiny.branches == 1 or first.cfg_cached_steps)
+            count = len(branch.records)
+            assert [int(not record.reused) for record in branch.records] == mask[:count]
+            assert count == len(mask) or len(family.transformers) > 1
+    assert cachedit.summary(family.tiny.pipe, logging=False)[0].cached_steps
 
 
 def test_guidance_branches_are_kept_apart(family):
-    """Each branch of a guided run is what the transformer gives when it runs that branch alone."""
+    """Each branch of a guided run is what the transformer gives when it runs that branch alone, without a pipeline."""
+    if "PAG" in family.name or "KV" in family.name:
+        pytest.skip("its attention processors or key-value cache are there only while the pipeline runs")
     enable(family.tiny.pipe, mask_for(family, STEPS))
     with ExitStack() as stack:
         recorded = {transformer: Calls(transformer, stack) for transformer in family.transformers}
         family.tiny(STEPS)
     cachedit.disable_cache(family.tiny.pipe)
-    mask = cachedit.steps_mask(total_steps=STEPS, mask_policy="fast")
+    mask = mask_of(family, STEPS)
     for transformer, record in recorded.items():
         for branch in range(family.tiny.branches):
             calls = record.calls[branch :: family.tiny.branches]
-            steps = min(len(calls), STEPS)  # fewer with a second transformer, more with several loops
+            steps = min(len(calls), len(mask))  # fewer with a second transformer, more with several loops
             enable(transformer, mask[:steps], num_inference_steps=steps)
             for args, kwargs, output in calls:
                 with torch.no_grad():
-                    torch.testing.assert_close(transformer(*args, **kwargs), output, rtol=0, atol=0)
+                    torch.testing.assert_close(tensors(transformer(*args, **kwargs)), tensors(output), rtol=0, atol=0)

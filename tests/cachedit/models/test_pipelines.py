@@ -6,7 +6,7 @@ from torch import nn
 import cachedit
 from cachedit import DBCacheConfig, TaylorSeerCalibratorConfig
 from cachedit.models import DENOISERS, SEPARATE_CFG, find_transformers
-from pipelines import build
+from pipelines import BUILDERS, build
 
 
 def enable(pipe, **kwargs):
@@ -25,7 +25,7 @@ class TestTables:
         assert issubclass(getattr(diffusers, name), diffusers.DiffusionPipeline)
 
     def test_transformers_in_calling_order(self):
-        pipe = build("WanPipeline, two transformers").pipe
+        pipe = build("WanPipeline + two transformers").pipe
         assert find_transformers(pipe) == [pipe.transformer, pipe.transformer_2]
         assert find_transformers(nn.Linear(1, 1)) == [] == find_transformers(None)
 
@@ -69,10 +69,21 @@ class TestRequests:
         assert stats.computed_steps == [0, 1]
 
     def test_two_transformers_count_their_own_steps(self):
-        tiny = build("WanPipeline, two transformers")
+        tiny = build("WanPipeline + two transformers")
         enable(tiny.pipe)
         for steps in (8, 6):
             tiny(steps)
             first, second = steps_of(tiny.pipe)
             assert first[0] + second[0] == steps and min(first + second) > 0
         assert all(stats.computed_steps[0] == 0 for stats in cachedit.summary(tiny.pipe, logging=False))
+
+    @pytest.mark.parametrize("name", [name for name in BUILDERS if name.split(" ")[0] in SEPARATE_CFG])
+    def test_without_guidance_there_is_one_branch(self, name):
+        """Where branches are told apart by the order of calls, a request may still have one only."""
+        tiny = build(name)
+        enable(tiny.pipe)
+        for guided, branches in ((False, 1), (True, 2), (False, 1)):
+            tiny(5, guided=guided)
+            stats = cachedit.summary(tiny.pipe, logging=False)[0]
+            assert [len(branch.records) for branch in stats.branches.values()][:branches] == [5] * branches
+            assert stats.cached_steps == [2, 3, 4]
