@@ -48,7 +48,8 @@ def enable_cache(
 
     Args:
         pipe_or_adapter: A diffusers pipeline, a transformer (``torch.nn.Module``) of a known class, or a BlockAdapter.
-        cache_config: When to reuse. Default: ``DBCacheConfig()``. With ``CacheType.NONE`` nothing is enabled.
+        cache_config: When to reuse. Default: ``DBCacheConfig()``. With ``CacheType.NONE`` nothing is enabled, and what
+            was is disabled.
         calibrator_config: How to forecast reused steps. Default: the last residual as it is.
         params_modifiers: One :class:`ParamsModifier` for everything, one per block list, or with several transformers
             one (or a list) per transformer; None where the common settings hold. Default: the adapter's.
@@ -89,7 +90,7 @@ def enable_cache(
         set_attention_backend([plan.transformer for plan in plans], attention_backend)
     if common.config.cache_type is CacheType.NONE:
         logger.info("cache_type is NONE: nothing is enabled on %s", type(pipe_or_adapter).__name__)
-        return pipe_or_adapter
+        return disable_cache(pipe_or_adapter)
     watched = None if pipe is None else PipelineWatch.of(pipe)
     if watched is not None:
         watched.release()
@@ -212,9 +213,9 @@ def limit_requests(target: Any, max_requests: int = 256, max_bytes: int | None =
     Raises:
         ValueError: If the cache is not enabled there, or a limit is below 1.
     """
-    for name, value in (("max_requests", max_requests), ("max_bytes", max_bytes)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    for name, value in (("max_requests", max_requests), ("max_bytes", 1 if max_bytes is None else max_bytes)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     for controller in _enabled("target", target):
         controller.requests.limit(max_requests, max_bytes)
 

@@ -99,7 +99,8 @@ class BasicCacheConfig(_Config):
         enable_separate_cfg: The pipeline calls the transformer once per guidance branch, in turn. None: as the
             pipeline's ``cache_context`` calls or the adapter say.
         cfg_compute_first: With separate branches in turn, the unconditional one comes first.
-        cfg_diff_compute_separate: Each branch measures its own difference.
+        cfg_diff_compute_separate: Each branch measures its own difference. False has the branch that runs second take
+            over that of the first; without effect on DBPrune, whose blocks differ by their inputs.
         num_inference_steps: Denoising steps of a request; pipelines tell it by themselves. With a bare transformer,
             a new request begins after so many calls (per branch).
         steps_computation_mask: One entry per step, 1 computes and 0 may reuse; or the name of a policy

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import cachedit
-from cachedit import BlockAdapter, DBCacheConfig, ForwardPattern, TaylorSeerCalibratorConfig
+from cachedit import BlockAdapter, CacheType, DBCacheConfig, ForwardPattern, TaylorSeerCalibratorConfig
 from toys import (
     HookExecutor,
     call_flux,
@@ -430,6 +430,15 @@ class TestEnabling:
             cachedit.enable_cache(tiny_flux(), {"Fn_compute_blocks": 1})
         with pytest.raises(TypeError, match="calibrator_config must be a CalibratorConfig, got str"):
             cachedit.enable_cache(tiny_flux(), reusing(), "taylorseer")
+
+    def test_cache_type_none_enables_nothing_and_disables_what_was(self):
+        model = tiny_flux()
+        for _ in range(2):
+            assert cachedit.enable_cache(model, reusing(cache_type=CacheType.NONE)) is model
+            assert "_cachedit_controller" not in vars(model)
+            cachedit.enable_cache(model, reusing())
+        cachedit.enable_cache(model, reusing(cache_type=CacheType.NONE))
+        assert "_cachedit_controller" not in vars(model)
 
     def test_unknown_transformer(self):
         with pytest.raises(ValueError, match=r"Linear is not in the model table, and has no list .*BlockAdapter"):

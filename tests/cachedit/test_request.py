@@ -279,7 +279,7 @@ class TestBeginningAndEnding:
         with pytest.raises(TypeError, match="key must be hashable, got list"):
             cachedit.drop_request(model, [])
         for limits in ({"max_requests": 0}, {"max_bytes": 0}):
-            with pytest.raises(ValueError, match="must be at least 1, got 0"):
+            with pytest.raises(ValueError, match="must be an integer of at least 1, got 0"):
                 cachedit.limit_requests(model, **limits)
         with pytest.raises(ValueError, match="not enabled on this Toy"):
             cachedit.limit_requests(make_toy())
