@@ -19,18 +19,14 @@ from .api import (
 )
 from .attention import set_attn_backend
 from .cache_types import block_range, cache_type
-from .config import (
-    BasicCacheConfig,
-    CacheType,
+from .calibrator import (
     CalibratorConfig,
-    DBCacheConfig,
-    DBPruneConfig,
     DMDCalibratorConfig,
     FoCaCalibratorConfig,
     HermiteCalibratorConfig,
-    PolicyConfig,
     TaylorSeerCalibratorConfig,
 )
+from .config import BasicCacheConfig, CacheType, DBCacheConfig, DBPruneConfig, PolicyConfig
 from .estimate import MemoryEstimate, estimate_memory
 from .load import (
     load_attn_backend_config,

@@ -11,7 +11,8 @@ from torch import nn
 
 from .adapter import BlockAdapter, TransformerPlan, plan_or_learn
 from .attention import set_attention_backend
-from .config import BasicCacheConfig, CacheType, CalibratorConfig, DBCacheConfig
+from .calibrator import CalibratorConfig
+from .config import BasicCacheConfig, CacheType, DBCacheConfig
 from .controller import Controller, controller_of
 from .lazy import LazyController
 from .models import find_transformers

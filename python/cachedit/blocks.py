@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from .config import BasicCacheConfig, CalibratorConfig
+from .calibrator import CalibratorConfig
+from .config import BasicCacheConfig
 from .pattern import BlockSignature
 
 if TYPE_CHECKING:

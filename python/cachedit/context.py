@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from .config import BasicCacheConfig, CalibratorConfig
+from .calibrator import CalibratorConfig
+from .config import BasicCacheConfig
 from .metric import HeadResidual, Measured, Metric, SignalChange
 from .policy import Decision, Policy
 from .store import ResidualStore

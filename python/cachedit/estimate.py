@@ -13,7 +13,8 @@ from torch import nn
 from .api import _controllers, _plans
 from .blocks import Section, run_sections
 from .body import SectionRun
-from .config import BasicCacheConfig, CalibratorConfig, DBCacheConfig, DBPruneConfig
+from .calibrator import CalibratorConfig
+from .config import BasicCacheConfig, DBCacheConfig, DBPruneConfig
 from .context import StreamSpec
 from .controller import Controller
 from .metric import Measured

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
-from .config import (
+from .calibrator import (
     CalibratorConfig,
     DMDCalibratorConfig,
     FoCaCalibratorConfig,

@@ -14,15 +14,8 @@ import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar, overload
 
-from .config import (
-    BasicCacheConfig,
-    CalibratorConfig,
-    DBCacheConfig,
-    DBPruneConfig,
-    DMDCalibratorConfig,
-    FoCaCalibratorConfig,
-    TaylorSeerCalibratorConfig,
-)
+from .calibrator import CalibratorConfig, DMDCalibratorConfig, FoCaCalibratorConfig, TaylorSeerCalibratorConfig
+from .config import BasicCacheConfig, DBCacheConfig, DBPruneConfig
 from .document import Document, read_document
 from .mask import MASK_POLICIES, steps_mask
 from .teacache import TeaCacheConfig

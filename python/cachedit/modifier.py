@@ -6,7 +6,8 @@ import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from .config import BasicCacheConfig, CalibratorConfig, DBCacheConfig
+from .calibrator import CalibratorConfig
+from .config import BasicCacheConfig, DBCacheConfig
 
 __all__ = ["ParamsModifier", "Settings", "modified", "modifiers_per_transformer", "settings_per_section"]
 

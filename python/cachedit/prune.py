@@ -13,7 +13,8 @@ from torch import nn
 import cachedit_kernels as kernels
 
 from .blocks import Guard, Link, Section, Site, onload_group
-from .config import CalibratorConfig, DBPruneConfig
+from .calibrator import CalibratorConfig
+from .config import DBPruneConfig
 from .context import State
 from .metric import relative
 from .pattern import check_shapes

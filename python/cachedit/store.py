@@ -8,7 +8,7 @@ import torch
 
 import cachedit_kernels as kernels
 
-from .config import CalibratorConfig
+from .calibrator import CalibratorConfig
 from .forecast import FittedForecaster, make_forecaster
 
 __all__ = ["ResidualStore", "allocate"]
