@@ -102,6 +102,30 @@ def ring_gram(ring: Sequence[Tensor], slots: Sequence[int] | None, per_sample: b
         _refuse(op, f"at most {MAX_GRAM_SLOTS} slots can be multiplied at once, got {count}")
 
 
+def merge_attention(out: Tensor, lse: Tensor, out2: Tensor, lse2: Tensor) -> None:
+    op = "merge_attention"
+    _attention_shape(op, "out", out)
+    _on_device(op, "out2", out2, "out", out)
+    if out2.dtype not in (FLOATS if out.dtype == torch.float32 else (out.dtype,)):
+        wanted = "float32, float16 or bfloat16" if out.dtype == torch.float32 else f"{_dtype(out.dtype)}, as out is"
+        _refuse(op, f"out2 must be {wanted}, got {_dtype(out2.dtype)}")
+    if out2.shape != out.shape:
+        _refuse(op, f"out2 must have the shape of out, {_tuple(out.shape)}, got {_tuple(out2.shape)}")
+    for name, tensor in (("lse", lse), ("lse2", lse2)):
+        _on_device(op, name, tensor, "out", out)
+        if tensor.dtype != torch.float32:
+            _refuse(op, f"{name} must be float32, got {_dtype(tensor.dtype)}")
+        if tensor.shape != out.shape[:3]:
+            _refuse(op, f"{name} must have the shape {_tuple(out.shape[:3])}, got {_tuple(tensor.shape)}")
+
+
+def _attention_shape(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATS:
+        _refuse(op, f"{name} must be float32, float16 or bfloat16, got {_dtype(tensor.dtype)}")
+    if tensor.dim() != 4:
+        _refuse(op, f"{name} must have the shape (batch, length, heads, head_dim), got {_tuple(tensor.shape)}")
+
+
 def _streams(op: str, lists: dict[str, Sequence[Tensor]]) -> None:
     """Every list as long as the first; every tensor of a stream alike; every tensor on one device."""
     first, reference = next(iter(lists.items()))
@@ -158,8 +182,12 @@ def _batch(op: str, first: str, streams: Sequence[Tensor]) -> None:
 
 
 def _same_device(op: str, what: str, tensor: Tensor, first: str, reference: Sequence[Tensor]) -> None:
-    if tensor.device != reference[0].device:
-        _refuse(op, f"{what} must be on the device of {first}[0], {reference[0].device}, got {tensor.device}")
+    _on_device(op, what, tensor, f"{first}[0]", reference[0])
+
+
+def _on_device(op: str, what: str, tensor: Tensor, first: str, like: Tensor) -> None:
+    if tensor.device != like.device:
+        _refuse(op, f"{what} must be on the device of {first}, {like.device}, got {tensor.device}")
 
 
 def _no_aliases(op: str, before: Sequence[Tensor], after: Sequence[Tensor], ring: Sequence[Tensor]) -> None:

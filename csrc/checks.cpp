@@ -18,12 +18,18 @@ void check_length(const char* op, const char* name, size_t size, const Named& fi
   }
 }
 
+void check_device(const char* op, const std::string& what, const Tensor& tensor, const std::string& first,
+                  const Tensor& like) {
+  if (tensor.device_type != like.device_type) {
+    refuse(op, what + " must be on the device of " + first + ", " + device_string(like) + ", got " +
+                   device_string(tensor));
+  }
+}
+
 template <class What>  // the name is put together only for a message
 void check_device(const char* op, const What& what, const Tensor& tensor, const Named& first) {
-  if (tensor.device_type != first.tensors[0].device_type) {
-    refuse(op, what() + " must be on the device of " + item(first.name, 0) + ", " + device_string(first.tensors[0]) +
-                   ", got " + device_string(tensor));
-  }
+  const Tensor& like = first.tensors[0];
+  if (tensor.device_type != like.device_type) check_device(op, what(), tensor, item(first.name, 0), like);
 }
 
 void check_dtype(const char* op, const char* name, size_t i, const Tensor& tensor, const Named& first) {
@@ -183,6 +189,35 @@ void check_gram_slots(const char* op, const Tensors& ring, const std::vector<int
   if (slots.size() > kMaxGramSlots) {
     refuse(op, "at most " + std::to_string(kMaxGramSlots) + " slots can be multiplied at once, got " +
                    std::to_string(slots.size()));
+  }
+}
+
+void check_attention(const char* op, const std::string& name, const Tensor& tensor) {
+  if (kernel_dtype(tensor.dtype) == kDTypes) {
+    refuse(op, name + " must be float32, float16 or bfloat16, got " + dtype_string(tensor.dtype));
+  }
+  if (tensor.dim != 4) {
+    refuse(op, name + " must have the shape (batch, length, heads, head_dim), got " + shape(tensor));
+  }
+}
+
+void check_merge(const char* op, const Tensor& out, const Tensor& lse, const Tensor& out2, const Tensor& lse2) {
+  check_attention(op, "out", out);
+  check_device(op, "out2", out2, "out", out);
+  const bool wide = out.dtype == float32_dtype();
+  if (wide ? kernel_dtype(out2.dtype) == kDTypes : out2.dtype != out.dtype) {
+    refuse(op, "out2 must be " + (wide ? "float32, float16 or bfloat16" : dtype_string(out.dtype) + ", as out is") +
+                   ", got " + dtype_string(out2.dtype));
+  }
+  if (!out2.same_shape(out)) refuse(op, "out2 must have the shape of out, " + shape(out) + ", got " + shape(out2));
+  for (const auto& [name, tensor] : {std::pair("lse", &lse), std::pair("lse2", &lse2)}) {
+    check_device(op, name, *tensor, "out", out);
+    if (tensor->dtype != float32_dtype()) {
+      refuse(op, std::string(name) + " must be float32, got " + dtype_string(tensor->dtype));
+    }
+    if (tensor->dim != 3 || !std::equal(out.sizes, out.sizes + 3, tensor->sizes)) {
+      refuse(op, std::string(name) + " must have the shape " + shape_string(out.sizes, 3) + ", got " + shape(*tensor));
+    }
   }
 }
 

@@ -170,6 +170,22 @@ void boxed_ring_gram(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = give(std::move(out));
 }
 
+// merge_attention(Tensor out, Tensor lse, Tensor out2, Tensor lse2) -> (Tensor, Tensor)
+void boxed_merge_attention(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor out = take_tensor(stack[0]), lse = take_tensor(stack[1]);
+  const Tensor out2 = take_tensor(stack[2]), lse2 = take_tensor(stack[3]);
+  check_merge("merge_attention", out, lse, out2, lse2);
+  Tensor merged = Tensor::empty(out.sizes, 4, out.dtype);
+  Tensor merged_lse = Tensor::empty(lse.sizes, 3, lse.dtype);
+  const Target target{merged.mutable_data(), out.element_size()};
+  advise_new_memory(target.data, out.numel * out.element_size());
+  merge_attention({kernel_dtype(out.dtype), kernel_dtype(out2.dtype), lse.numel, out.sizes[3], elements(out),
+                   elements(lse), elements(out2), elements(lse2), target,
+                   static_cast<float*>(merged_lse.mutable_data())});
+  stack[0] = give(std::move(merged));
+  stack[1] = give(std::move(merged_lse));
+}
+
 }  // namespace
 }  // namespace cachedit
 
@@ -181,4 +197,5 @@ STABLE_TORCH_LIBRARY_IMPL(cachedit, CPU, m) {
   m.impl("residual_forecast", cachedit::boxed_residual_forecast<true>);
   m.impl("residual_forecast.floats", cachedit::boxed_residual_forecast<false>);
   m.impl("ring_gram", cachedit::boxed_ring_gram);
+  m.impl("merge_attention", cachedit::boxed_merge_attention);
 }

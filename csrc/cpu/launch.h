@@ -67,4 +67,16 @@ struct GramStream {
 // Into [S, rows, slots, slots].
 void ring_gram(const std::vector<GramStream>& streams, float* out);
 
+struct Merge {
+  DType dtype;   // of out and merged
+  DType dtype2;  // of out2; the same, or dtype is float32
+  int64_t rows;  // tokens and heads
+  int64_t head_dim;
+  Elements out, lse, out2, lse2;
+  Target merged;
+  float* merged_lse;
+};
+
+void merge_attention(const Merge& merge);
+
 }  // namespace cachedit

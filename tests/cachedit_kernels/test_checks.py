@@ -226,6 +226,24 @@ def cases() -> list[Case]:
         Case(gram, ([x(17, 2)], None, False), "at most 16 slots can be multiplied at once, got 17"),
         Case(gram, (two, [0] * 17, False), "at most 16 slots can be multiplied at once, got 17"),
     ]
+
+    merge, out, lse = "merge_attention", x(2, 8, 3, 16), x(2, 8, 3)
+    table += [
+        Case(merge, (x(1, 2, 3, 4, dtype=ints), lse, out, lse), "out must be float32, float16 or bfloat16, got int64"),
+        Case(merge, (lse, lse, lse, lse), "out must have the shape (batch, length, heads, head_dim), got (2, 8, 3)"),
+        Case(merge, (out, lse, out.to("meta"), lse), "out2 must be on the device of out, cpu, got meta"),
+        Case(merge, (out.half(), lse, out, lse), "out2 must be float16, as out is, got float32"),
+        Case(merge, (out, lse, out.double(), lse), "out2 must be float32, float16 or bfloat16, got float64"),
+        Case(
+            merge,
+            (out, lse, x(2, 8, 3, 8), lse),
+            "out2 must have the shape of out, (2, 8, 3, 16), got (2, 8, 3, 8)",
+        ),
+        Case(merge, (out, lse.to("meta"), out, lse), "lse must be on the device of out, cpu, got meta"),
+        Case(merge, (out, lse.half(), out, lse), "lse must be float32, got float16"),
+        Case(merge, (out, lse, out, x(2, 3, 8)), "lse2 must have the shape (2, 8, 3), got (2, 3, 8)"),
+        Case(merge, (out, lse, out, x(2, 8, 3, 1)), "lse2 must have the shape (2, 8, 3), got (2, 8, 3, 1)"),
+    ]
     return table
 
 
