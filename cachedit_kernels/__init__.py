@@ -6,6 +6,8 @@
     residual_forecast(hidden, ring, weights, base=1.0)   -> list of tensors, base * hidden + sum_k weights[k] * ring[k]
     ring_gram(ring, slots=None, per_sample=False)        -> float32 [S, K, K] or [S, B, K, K]
     merge_attention(out, lse, out2, lse2)                -> (out, lse), attention over both sets of keys
+    ulysses_pack(tensors, splits, ...)                   -> one buffer with a block per peer, quantised and permuted
+    ulysses_unpack(buffer, shape, splits, ...)           -> list of tensors, from the blocks of all peers
 
 What deals with residuals takes lists with one tensor per stream. The operators are also `torch.ops.cachedit.*`, know
 fake tensors and compile. `backends()` tells which implementation serves which device. All names of the engine
@@ -23,11 +25,13 @@ from cachedit_kernels.attention import merge_attention
 from cachedit_kernels.forecast import residual_forecast
 from cachedit_kernels.gram import ring_gram
 from cachedit_kernels.residual import l1, residual_l1, residual_push
+from cachedit_kernels.ulysses import Quantized, ulysses_pack, ulysses_unpack
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Backend",
+    "Quantized",
     "backends",
     "l1",
     "merge_attention",
@@ -35,6 +39,8 @@ __all__ = [
     "residual_l1",
     "residual_push",
     "ring_gram",
+    "ulysses_pack",
+    "ulysses_unpack",
 ]
 
 _backend.register()

@@ -40,6 +40,8 @@ OPERATORS = {
     "residual_forecast": Operator("forecast", ("residual_forecast", "residual_forecast.floats"), 3, (1.0,)),
     "ring_gram": Operator("gram", ("ring_gram",), 1, (None, False)),
     "merge_attention": Operator("attention", ("merge_attention",), 4),
+    "ulysses_pack": Operator("ulysses", ("ulysses_pack",), 4),
+    "ulysses_unpack": Operator("ulysses", ("ulysses_unpack",), 6, (True,)),
 }
 
 

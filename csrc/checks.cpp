@@ -221,6 +221,68 @@ void check_merge(const char* op, const Tensor& out, const Tensor& lse, const Ten
   }
 }
 
+void check_splits(const char* op, const char* name, int64_t dim, const std::vector<int64_t>& splits,
+                  const int64_t* sizes) {
+  if (dim != 1 && dim != 2) {
+    refuse(op, std::string(name) + " must be 1 (sequence) or 2 (heads), got " + std::to_string(dim));
+  }
+  int64_t sum = 0;
+  bool negative = false;
+  for (int64_t size : splits) {
+    sum += size;
+    negative = negative || size < 0;
+  }
+  if (negative || sum != sizes[dim]) {
+    refuse(op, "splits must be sizes that add up to " + std::to_string(sizes[dim]) + ", dimension " +
+                   std::to_string(dim) + ", got " + shape_string(splits.data(), splits.size()));
+  }
+}
+
+void check_pack(const char* op, const Tensors& tensors, const std::vector<int64_t>& splits, int64_t dim,
+                size_t float8) {
+  if (tensors.empty()) refuse(op, "tensors must have at least one tensor, got an empty list");
+  const Tensor& like = tensors[0];
+  const Named all{"tensors", tensors};
+  check_attention(op, "tensors[0]", like);
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    check_device(op, [&] { return item("tensors", i); }, tensors[i], all);
+    if (tensors[i].dtype != like.dtype) {
+      refuse(op, item("tensors", i) + " must have the dtype of tensors[0], " + dtype_string(like.dtype) + ", got " +
+                     dtype_string(tensors[i].dtype));
+    }
+    if (!tensors[i].same_shape(like)) {
+      refuse(op, item("tensors", i) + " must have the shape of tensors[0], " + shape(like) + ", got " +
+                     shape(tensors[i]));
+    }
+  }
+  if (float8 != tensors.size()) {
+    refuse(op, "float8 must have one value per tensor, " + std::to_string(tensors.size()) + ", got " +
+                   std::to_string(float8));
+  }
+  check_splits(op, "scatter_dim", dim, splits, like.sizes);
+}
+
+void check_buffer(const char* op, const Tensor& buffer, const std::vector<int64_t>& shape_,
+                  const std::vector<int64_t>& splits, int64_t dim, int32_t dtype) {
+  if (buffer.dtype != aoti_torch_dtype_uint8() || buffer.dim != 1 || (buffer.numel > 1 && buffer.strides[0] != 1)) {
+    refuse(op, "buffer must be contiguous uint8 of one dimension, got " + dtype_string(buffer.dtype) + " of shape " +
+                   shape(buffer) + " and strides " + shape_string(buffer.strides, buffer.dim));
+  }
+  if (kernel_dtype(dtype) == kDTypes) {
+    refuse(op, "dtype must be float32, float16 or bfloat16, got " + dtype_string(dtype));
+  }
+  if (shape_.size() != 4 || *std::min_element(shape_.begin(), shape_.end()) < 0) {
+    refuse(op, "shape must be (batch, length, heads, head_dim), got " + shape_string(shape_.data(), shape_.size()));
+  }
+  check_splits(op, "gather_dim", dim, splits, shape_.data());
+}
+
+void check_buffer_bytes(const char* op, const Tensor& buffer, int64_t bytes) {
+  if (buffer.numel != bytes) {
+    refuse(op, "buffer must have " + std::to_string(bytes) + " bytes, got " + std::to_string(buffer.numel));
+  }
+}
+
 void check_aliases(const char* op, std::initializer_list<Named> inputs, const Tensors& ring) {
   for (size_t i = 0; i < ring.size(); ++i) {
     const auto [start, stop] = extent(ring[i]);

@@ -12,7 +12,7 @@ namespace cachedit {
 namespace {
 
 #define CACHEDIT_TABLES(isa) \
-  &isa::residual_kernels, &isa::forecast_kernels, &isa::gram_kernels, &isa::attention_kernels
+  &isa::residual_kernels, &isa::forecast_kernels, &isa::gram_kernels, &isa::attention_kernels, &isa::ulysses_kernels
 
 constexpr Kernels kBaseline = {"default", CACHEDIT_TABLES(baseline)};
 

@@ -7,6 +7,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/strided.h"
+#include "cpu/ulysses_layout.h"
 
 namespace cachedit {
 
@@ -78,5 +79,16 @@ struct Merge {
 };
 
 void merge_attention(const Merge& merge);
+
+// dtype is that of the tensors; there is one for each entry of the layout's float8.
+void ulysses_pack(const UlyssesLayout& layout, DType dtype, const std::vector<Elements>& tensors, char* buffer);
+
+struct Unpacked {
+  char* values;   // contiguous
+  float* scales;  // null unless the tensor stays quantised
+};
+
+void ulysses_unpack(const UlyssesLayout& layout, DType dtype, const char* buffer,
+                    const std::vector<Unpacked>& tensors);
 
 }  // namespace cachedit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -13,17 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cachedit_kernels
 from cachedit_kernels import _checks
-
-
-class Case(NamedTuple):
-    op: str
-    arguments: tuple[Any, ...]
-    message: str  # without the operator's name
-    needs_values: bool = False  # not seen by a fake, which has no values and no memory
-
-
-def x(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
-    return torch.ones(shape, dtype=dtype, device=device)
+from refusals import Case, exchange_cases, x
 
 
 def overlapping() -> tuple[Tensor, Tensor]:
@@ -226,28 +216,10 @@ def cases() -> list[Case]:
         Case(gram, ([x(17, 2)], None, False), "at most 16 slots can be multiplied at once, got 17"),
         Case(gram, (two, [0] * 17, False), "at most 16 slots can be multiplied at once, got 17"),
     ]
-
-    merge, out, lse = "merge_attention", x(2, 8, 3, 16), x(2, 8, 3)
-    table += [
-        Case(merge, (x(1, 2, 3, 4, dtype=ints), lse, out, lse), "out must be float32, float16 or bfloat16, got int64"),
-        Case(merge, (lse, lse, lse, lse), "out must have the shape (batch, length, heads, head_dim), got (2, 8, 3)"),
-        Case(merge, (out, lse, out.to("meta"), lse), "out2 must be on the device of out, cpu, got meta"),
-        Case(merge, (out.half(), lse, out, lse), "out2 must be float16, as out is, got float32"),
-        Case(merge, (out, lse, out.double(), lse), "out2 must be float32, float16 or bfloat16, got float64"),
-        Case(
-            merge,
-            (out, lse, x(2, 8, 3, 8), lse),
-            "out2 must have the shape of out, (2, 8, 3, 16), got (2, 8, 3, 8)",
-        ),
-        Case(merge, (out, lse.to("meta"), out, lse), "lse must be on the device of out, cpu, got meta"),
-        Case(merge, (out, lse.half(), out, lse), "lse must be float32, got float16"),
-        Case(merge, (out, lse, out, x(2, 3, 8)), "lse2 must have the shape (2, 8, 3), got (2, 3, 8)"),
-        Case(merge, (out, lse, out, x(2, 8, 3, 1)), "lse2 must have the shape (2, 8, 3), got (2, 8, 3, 1)"),
-    ]
     return table
 
 
-CASES = cases()
+CASES = cases() + exchange_cases()
 each_case = pytest.mark.parametrize("case", CASES, ids=[f"{i}-{case.op}" for i, case in enumerate(CASES)])
 
 

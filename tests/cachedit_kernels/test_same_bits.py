@@ -13,7 +13,8 @@ from operands import python
 # Everything the kernels do, hashed, with NaN made alike (which NaN comes out is not promised).
 SCRIPT = """
 import hashlib, torch
-from cachedit_kernels import backends, residual_l1, l1, residual_push, residual_forecast, ring_gram, merge_attention
+from cachedit_kernels import backends, residual_l1, l1, residual_push, residual_forecast, ring_gram
+from cachedit_kernels import merge_attention, ulysses_pack, ulysses_unpack
 from operands import DTYPES, LAYOUTS, SHAPES, make
 
 def add(digest, tensors):
@@ -47,6 +48,10 @@ def everything():
             out, out2 = (make((2, 3000, 3, 41), d, "token slice", i) for i, d in enumerate((dtype, other)))
             lse, lse2 = (30 * make((2, 3000, 3), torch.float32, "transposed", i) for i in range(2))
             add(digest, merge_attention(out, lse, out2, lse2))
+        values = torch.where(every.isfinite(), every, 0).view(2, -1, 8, 64)
+        for x, splits, dim in ((out, [2, 1], 2), (values, [40, 24], 1), (values[..., :41], [5, 3], 2)):
+            buffer = ulysses_pack([x, x], splits, dim, [True, False])
+            add(digest, [buffer, *ulysses_unpack(buffer, x.shape, splits, dim, dtype, [True, False])])
     return digest.hexdigest()
 
 digests = set()
