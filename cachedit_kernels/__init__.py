@@ -8,6 +8,8 @@
     merge_attention(out, lse, out2, lse2)                -> (out, lse), attention over both sets of keys
     ulysses_pack(tensors, splits, ...)                   -> one buffer with a block per peer, quantised and permuted
     ulysses_unpack(buffer, shape, splits, ...)           -> list of tensors, from the blocks of all peers
+    quantized_all_to_all(q, k, v, group=...)             -> (q, k, v), heads scattered and sequence gathered
+    quantized_all_to_all_output(o, group=...)            -> o, sequence scattered and heads gathered
 
 What deals with residuals takes lists with one tensor per stream. The operators are also `torch.ops.cachedit.*`, know
 fake tensors and compile. `backends()` tells which implementation serves which device. All names of the engine
@@ -25,7 +27,13 @@ from cachedit_kernels.attention import merge_attention
 from cachedit_kernels.forecast import residual_forecast
 from cachedit_kernels.gram import ring_gram
 from cachedit_kernels.residual import l1, residual_l1, residual_push
-from cachedit_kernels.ulysses import Quantized, ulysses_pack, ulysses_unpack
+from cachedit_kernels.ulysses import (
+    Quantized,
+    quantized_all_to_all,
+    quantized_all_to_all_output,
+    ulysses_pack,
+    ulysses_unpack,
+)
 
 __version__ = "0.1.0"
 
@@ -35,6 +43,8 @@ __all__ = [
     "backends",
     "l1",
     "merge_attention",
+    "quantized_all_to_all",
+    "quantized_all_to_all_output",
     "residual_forecast",
     "residual_l1",
     "residual_push",

@@ -123,6 +123,14 @@ def merge_attention(out: Tensor, lse: Tensor, out2: Tensor, lse2: Tensor) -> Non
 
 def ulysses_pack(tensors: Sequence[Tensor], splits: Sequence[int], scatter_dim: int, float8: Sequence[bool]) -> None:
     op = "ulysses_pack"
+    attention_tensors(op, tensors)
+    if len(float8) != len(tensors):
+        _refuse(op, f"float8 must have one value per tensor, {len(tensors)}, got {len(float8)}")
+    _ulysses_splits(op, "scatter_dim", scatter_dim, splits, tensors[0].shape)
+
+
+def attention_tensors(op: str, tensors: Sequence[Tensor]) -> None:
+    """At least one [B, L, H, D], and all alike."""
     if len(tensors) == 0:
         _refuse(op, "tensors must have at least one tensor, got an empty list")
     like = tensors[0]
@@ -137,9 +145,6 @@ def ulysses_pack(tensors: Sequence[Tensor], splits: Sequence[int], scatter_dim: 
             _refuse(
                 op, f"tensors[{i}] must have the shape of tensors[0], {_tuple(like.shape)}, got {_tuple(tensor.shape)}"
             )
-    if len(float8) != len(tensors):
-        _refuse(op, f"float8 must have one value per tensor, {len(tensors)}, got {len(float8)}")
-    _ulysses_splits(op, "scatter_dim", scatter_dim, splits, like.shape)
 
 
 def ulysses_unpack(
