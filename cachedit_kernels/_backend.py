@@ -39,6 +39,9 @@ OPERATORS = {
     "residual_push": Operator("residual", ("residual_push", "residual_push.int"), 4),
     "residual_forecast": Operator("forecast", ("residual_forecast", "residual_forecast.floats"), 3, (1.0,)),
     "ring_gram": Operator("gram", ("ring_gram",), 1, (None, False)),
+    "merge_attention": Operator("attention", ("merge_attention",), 4),
+    "ulysses_pack": Operator("ulysses", ("ulysses_pack",), 4),
+    "ulysses_unpack": Operator("ulysses", ("ulysses_unpack",), 6, (True,)),
 }
 
 
@@ -121,7 +124,8 @@ def _python_implementation(name: str, operator: Operator, device: str) -> Callab
     def run(*args: Any) -> Any:
         check(*args)
         if implementation == "none":
-            raise RuntimeError(f"{name}: no implementation for {args[0][0].device.type} tensors: {reason}")
+            tensor = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
+            raise RuntimeError(f"{name}: no implementation for {tensor.device.type} tensors: {reason}")
         return getattr(importlib.import_module(module), name)(*args)
 
     uncompiled: Callable[..., Any] | None = None

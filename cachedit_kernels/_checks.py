@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
+from cachedit_kernels.ulysses.layout import HEADS, SEQUENCE, buffer_bytes, layout
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -102,6 +104,86 @@ def ring_gram(ring: Sequence[Tensor], slots: Sequence[int] | None, per_sample: b
         _refuse(op, f"at most {MAX_GRAM_SLOTS} slots can be multiplied at once, got {count}")
 
 
+def merge_attention(out: Tensor, lse: Tensor, out2: Tensor, lse2: Tensor) -> None:
+    op = "merge_attention"
+    _attention_shape(op, "out", out)
+    _on_device(op, "out2", out2, "out", out)
+    if out2.dtype not in (FLOATS if out.dtype == torch.float32 else (out.dtype,)):
+        wanted = "float32, float16 or bfloat16" if out.dtype == torch.float32 else f"{_dtype(out.dtype)}, as out is"
+        _refuse(op, f"out2 must be {wanted}, got {_dtype(out2.dtype)}")
+    if out2.shape != out.shape:
+        _refuse(op, f"out2 must have the shape of out, {_tuple(out.shape)}, got {_tuple(out2.shape)}")
+    for name, tensor in (("lse", lse), ("lse2", lse2)):
+        _on_device(op, name, tensor, "out", out)
+        if tensor.dtype != torch.float32:
+            _refuse(op, f"{name} must be float32, got {_dtype(tensor.dtype)}")
+        if tensor.shape != out.shape[:3]:
+            _refuse(op, f"{name} must have the shape {_tuple(out.shape[:3])}, got {_tuple(tensor.shape)}")
+
+
+def ulysses_pack(tensors: Sequence[Tensor], splits: Sequence[int], scatter_dim: int, float8: Sequence[bool]) -> None:
+    op = "ulysses_pack"
+    attention_tensors(op, tensors)
+    if len(float8) != len(tensors):
+        _refuse(op, f"float8 must have one value per tensor, {len(tensors)}, got {len(float8)}")
+    _ulysses_splits(op, "scatter_dim", scatter_dim, splits, tensors[0].shape)
+
+
+def attention_tensors(op: str, tensors: Sequence[Tensor]) -> None:
+    """At least one [B, L, H, D], and all alike."""
+    if len(tensors) == 0:
+        _refuse(op, "tensors must have at least one tensor, got an empty list")
+    like = tensors[0]
+    _attention_shape(op, "tensors[0]", like)
+    for i, tensor in enumerate(tensors):
+        _same_device(op, f"tensors[{i}]", tensor, "tensors", tensors)
+        if tensor.dtype != like.dtype:
+            _refuse(
+                op, f"tensors[{i}] must have the dtype of tensors[0], {_dtype(like.dtype)}, got {_dtype(tensor.dtype)}"
+            )
+        if tensor.shape != like.shape:
+            _refuse(
+                op, f"tensors[{i}] must have the shape of tensors[0], {_tuple(like.shape)}, got {_tuple(tensor.shape)}"
+            )
+
+
+def ulysses_unpack(
+    buffer: Tensor,
+    shape: Sequence[int],
+    splits: Sequence[int],
+    gather_dim: int,
+    dtype: torch.dtype,
+    float8: Sequence[bool],
+    dequantize: bool,
+) -> None:
+    op = "ulysses_unpack"
+    if buffer.dtype != torch.uint8 or buffer.dim() != 1 or not buffer.is_contiguous():
+        described = f"{_dtype(buffer.dtype)} of shape {_tuple(buffer.shape)} and strides {_tuple(buffer.stride())}"
+        _refuse(op, f"buffer must be contiguous uint8 of one dimension, got {described}")
+    if dtype not in FLOATS:
+        _refuse(op, f"dtype must be float32, float16 or bfloat16, got {_dtype(dtype)}")
+    if len(shape) != 4 or any(size < 0 for size in shape):
+        _refuse(op, f"shape must be (batch, length, heads, head_dim), got {_tuple(shape)}")
+    _ulysses_splits(op, "gather_dim", gather_dim, splits, shape)
+    nbytes = buffer_bytes(layout(shape, splits, gather_dim, dtype.itemsize, float8))
+    if buffer.numel() != nbytes:
+        _refuse(op, f"buffer must have {nbytes} bytes, got {buffer.numel()}")
+
+
+def _ulysses_splits(op: str, name: str, dim: int, splits: Sequence[int], shape: Sequence[int]) -> None:
+    if dim not in (SEQUENCE, HEADS):
+        _refuse(op, f"{name} must be 1 (sequence) or 2 (heads), got {dim}")
+    if any(size < 0 for size in splits) or sum(splits) != shape[dim]:
+        _refuse(op, f"splits must be sizes that add up to {shape[dim]}, dimension {dim}, got {_tuple(splits)}")
+
+
+def _attention_shape(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATS:
+        _refuse(op, f"{name} must be float32, float16 or bfloat16, got {_dtype(tensor.dtype)}")
+    if tensor.dim() != 4:
+        _refuse(op, f"{name} must have the shape (batch, length, heads, head_dim), got {_tuple(tensor.shape)}")
+
+
 def _streams(op: str, lists: dict[str, Sequence[Tensor]]) -> None:
     """Every list as long as the first; every tensor of a stream alike; every tensor on one device."""
     first, reference = next(iter(lists.items()))
@@ -158,8 +240,12 @@ def _batch(op: str, first: str, streams: Sequence[Tensor]) -> None:
 
 
 def _same_device(op: str, what: str, tensor: Tensor, first: str, reference: Sequence[Tensor]) -> None:
-    if tensor.device != reference[0].device:
-        _refuse(op, f"{what} must be on the device of {first}[0], {reference[0].device}, got {tensor.device}")
+    _on_device(op, what, tensor, f"{first}[0]", reference[0])
+
+
+def _on_device(op: str, what: str, tensor: Tensor, first: str, like: Tensor) -> None:
+    if tensor.device != like.device:
+        _refuse(op, f"{what} must be on the device of {first}, {like.device}, got {tensor.device}")
 
 
 def _no_aliases(op: str, before: Sequence[Tensor], after: Sequence[Tensor], ring: Sequence[Tensor]) -> None:

@@ -71,6 +71,17 @@ def is_laid_out_in_rows(tensor: Tensor) -> bool:
     return True
 
 
+def leading_strides(tensor: Tensor) -> tuple[int, ...]:
+    """The strides of [B, L, H(, D)] but for D's; 0 where one is never used, so as not to choose a specialisation."""
+    return tuple(stride if size > 1 else 0 for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True))
+
+
+def with_adjacent_columns(tensor: Tensor) -> Tensor:
+    """The tensor as it lies where elements of the last dimension are neighbours, else a contiguous copy."""
+    adjacent = tensor.shape[-1] == 1 or tensor.stride(-1) == 1
+    return tensor if adjacent else tensor.clone(memory_format=torch.contiguous_format)
+
+
 def programs_per_group(tiles: int, groups: int, device: torch.device) -> int:
     """How many programs share a group that is added up, given the tiles of the largest group; at least one.
 

@@ -18,12 +18,18 @@ void check_length(const char* op, const char* name, size_t size, const Named& fi
   }
 }
 
+void check_device(const char* op, const std::string& what, const Tensor& tensor, const std::string& first,
+                  const Tensor& like) {
+  if (tensor.device_type != like.device_type) {
+    refuse(op, what + " must be on the device of " + first + ", " + device_string(like) + ", got " +
+                   device_string(tensor));
+  }
+}
+
 template <class What>  // the name is put together only for a message
 void check_device(const char* op, const What& what, const Tensor& tensor, const Named& first) {
-  if (tensor.device_type != first.tensors[0].device_type) {
-    refuse(op, what() + " must be on the device of " + item(first.name, 0) + ", " + device_string(first.tensors[0]) +
-                   ", got " + device_string(tensor));
-  }
+  const Tensor& like = first.tensors[0];
+  if (tensor.device_type != like.device_type) check_device(op, what(), tensor, item(first.name, 0), like);
 }
 
 void check_dtype(const char* op, const char* name, size_t i, const Tensor& tensor, const Named& first) {
@@ -183,6 +189,97 @@ void check_gram_slots(const char* op, const Tensors& ring, const std::vector<int
   if (slots.size() > kMaxGramSlots) {
     refuse(op, "at most " + std::to_string(kMaxGramSlots) + " slots can be multiplied at once, got " +
                    std::to_string(slots.size()));
+  }
+}
+
+void check_attention(const char* op, const std::string& name, const Tensor& tensor) {
+  if (kernel_dtype(tensor.dtype) == kDTypes) {
+    refuse(op, name + " must be float32, float16 or bfloat16, got " + dtype_string(tensor.dtype));
+  }
+  if (tensor.dim != 4) {
+    refuse(op, name + " must have the shape (batch, length, heads, head_dim), got " + shape(tensor));
+  }
+}
+
+void check_merge(const char* op, const Tensor& out, const Tensor& lse, const Tensor& out2, const Tensor& lse2) {
+  check_attention(op, "out", out);
+  check_device(op, "out2", out2, "out", out);
+  const bool wide = out.dtype == float32_dtype();
+  if (wide ? kernel_dtype(out2.dtype) == kDTypes : out2.dtype != out.dtype) {
+    refuse(op, "out2 must be " + (wide ? "float32, float16 or bfloat16" : dtype_string(out.dtype) + ", as out is") +
+                   ", got " + dtype_string(out2.dtype));
+  }
+  if (!out2.same_shape(out)) refuse(op, "out2 must have the shape of out, " + shape(out) + ", got " + shape(out2));
+  for (const auto& [name, tensor] : {std::pair("lse", &lse), std::pair("lse2", &lse2)}) {
+    check_device(op, name, *tensor, "out", out);
+    if (tensor->dtype != float32_dtype()) {
+      refuse(op, std::string(name) + " must be float32, got " + dtype_string(tensor->dtype));
+    }
+    if (tensor->dim != 3 || !std::equal(out.sizes, out.sizes + 3, tensor->sizes)) {
+      refuse(op, std::string(name) + " must have the shape " + shape_string(out.sizes, 3) + ", got " + shape(*tensor));
+    }
+  }
+}
+
+void check_splits(const char* op, const char* name, int64_t dim, const std::vector<int64_t>& splits,
+                  const int64_t* sizes) {
+  if (dim != 1 && dim != 2) {
+    refuse(op, std::string(name) + " must be 1 (sequence) or 2 (heads), got " + std::to_string(dim));
+  }
+  int64_t sum = 0;
+  bool negative = false;
+  for (int64_t size : splits) {
+    sum += size;
+    negative = negative || size < 0;
+  }
+  if (negative || sum != sizes[dim]) {
+    refuse(op, "splits must be sizes that add up to " + std::to_string(sizes[dim]) + ", dimension " +
+                   std::to_string(dim) + ", got " + shape_string(splits.data(), splits.size()));
+  }
+}
+
+void check_pack(const char* op, const Tensors& tensors, const std::vector<int64_t>& splits, int64_t dim,
+                size_t float8) {
+  if (tensors.empty()) refuse(op, "tensors must have at least one tensor, got an empty list");
+  const Tensor& like = tensors[0];
+  const Named all{"tensors", tensors};
+  check_attention(op, "tensors[0]", like);
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    check_device(op, [&] { return item("tensors", i); }, tensors[i], all);
+    if (tensors[i].dtype != like.dtype) {
+      refuse(op, item("tensors", i) + " must have the dtype of tensors[0], " + dtype_string(like.dtype) + ", got " +
+                     dtype_string(tensors[i].dtype));
+    }
+    if (!tensors[i].same_shape(like)) {
+      refuse(op, item("tensors", i) + " must have the shape of tensors[0], " + shape(like) + ", got " +
+                     shape(tensors[i]));
+    }
+  }
+  if (float8 != tensors.size()) {
+    refuse(op, "float8 must have one value per tensor, " + std::to_string(tensors.size()) + ", got " +
+                   std::to_string(float8));
+  }
+  check_splits(op, "scatter_dim", dim, splits, like.sizes);
+}
+
+void check_buffer(const char* op, const Tensor& buffer, const std::vector<int64_t>& shape_,
+                  const std::vector<int64_t>& splits, int64_t dim, int32_t dtype) {
+  if (buffer.dtype != aoti_torch_dtype_uint8() || buffer.dim != 1 || (buffer.numel > 1 && buffer.strides[0] != 1)) {
+    refuse(op, "buffer must be contiguous uint8 of one dimension, got " + dtype_string(buffer.dtype) + " of shape " +
+                   shape(buffer) + " and strides " + shape_string(buffer.strides, buffer.dim));
+  }
+  if (kernel_dtype(dtype) == kDTypes) {
+    refuse(op, "dtype must be float32, float16 or bfloat16, got " + dtype_string(dtype));
+  }
+  if (shape_.size() != 4 || *std::min_element(shape_.begin(), shape_.end()) < 0) {
+    refuse(op, "shape must be (batch, length, heads, head_dim), got " + shape_string(shape_.data(), shape_.size()));
+  }
+  check_splits(op, "gather_dim", dim, splits, shape_.data());
+}
+
+void check_buffer_bytes(const char* op, const Tensor& buffer, int64_t bytes) {
+  if (buffer.numel != bytes) {
+    refuse(op, "buffer must have " + std::to_string(bytes) + " bytes, got " + std::to_string(buffer.numel));
   }
 }
 

@@ -32,6 +32,15 @@ void check_weights(const char* op, const Tensor& weights, const Named& hidden, c
 void check_gram_ring(const char* op, const Tensors& ring, bool per_sample);
 void check_gram_slots(const char* op, const Tensors& ring, const std::vector<int64_t>& slots);
 
+// For merge_attention: out [B, L, H, D], out2 like it but perhaps narrower, lse and lse2 [B, L, H].
+void check_merge(const char* op, const Tensor& out, const Tensor& lse, const Tensor& out2, const Tensor& lse2);
+
+// For ulysses_pack and ulysses_unpack; float8 has a value per tensor.
+void check_pack(const char* op, const Tensors& tensors, const std::vector<int64_t>& splits, int64_t dim, size_t float8);
+void check_buffer(const char* op, const Tensor& buffer, const std::vector<int64_t>& shape,
+                  const std::vector<int64_t>& splits, int64_t dim, int32_t dtype);
+void check_buffer_bytes(const char* op, const Tensor& buffer, int64_t bytes);
+
 // No memory of the ring is another's.
 void check_aliases(const char* op, std::initializer_list<Named> inputs, const Tensors& ring);
 

@@ -170,6 +170,72 @@ void boxed_ring_gram(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = give(std::move(out));
 }
 
+// merge_attention(Tensor out, Tensor lse, Tensor out2, Tensor lse2) -> (Tensor, Tensor)
+void boxed_merge_attention(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor out = take_tensor(stack[0]), lse = take_tensor(stack[1]);
+  const Tensor out2 = take_tensor(stack[2]), lse2 = take_tensor(stack[3]);
+  check_merge("merge_attention", out, lse, out2, lse2);
+  Tensor merged = Tensor::empty(out.sizes, 4, out.dtype);
+  Tensor merged_lse = Tensor::empty(lse.sizes, 3, lse.dtype);
+  const Target target{merged.mutable_data(), out.element_size()};
+  advise_new_memory(target.data, out.numel * out.element_size());
+  merge_attention({kernel_dtype(out.dtype), kernel_dtype(out2.dtype), lse.numel, out.sizes[3], elements(out),
+                   elements(lse), elements(out2), elements(lse2), target,
+                   static_cast<float*>(merged_lse.mutable_data())});
+  stack[0] = give(std::move(merged));
+  stack[1] = give(std::move(merged_lse));
+}
+
+// ulysses_pack(Tensor[] tensors, SymInt[] splits, int scatter_dim, bool[] float8) -> Tensor
+void boxed_ulysses_pack(StableIValue* stack, uint64_t, uint64_t) {
+  const char* op = "ulysses_pack";
+  const Tensors tensors = take_tensors(stack[0]);
+  const auto splits = torch::stable::detail::to<std::vector<int64_t>>(stack[1]);
+  const int64_t dim = torch::stable::detail::to<int64_t>(stack[2]);
+  const auto float8 = torch::stable::detail::to<std::vector<bool>>(stack[3]);
+  check_pack(op, tensors, splits, dim, float8.size());
+  const Tensor& like = tensors[0];
+  const UlyssesLayout layout({like.sizes, like.sizes + 4}, splits, dim, like.element_size(), float8);
+  Tensor buffer = Tensor::empty(&layout.bytes, 1, aoti_torch_dtype_uint8());
+  advise_new_memory(buffer.mutable_data(), layout.bytes);
+  std::vector<Elements> inputs;
+  inputs.reserve(tensors.size());
+  for (const Tensor& tensor : tensors) inputs.push_back(elements(tensor));
+  ulysses_pack(layout, kernel_dtype(like.dtype), inputs, static_cast<char*>(buffer.mutable_data()));
+  stack[0] = give(std::move(buffer));
+}
+
+// ulysses_unpack(Tensor buffer, SymInt[] shape, SymInt[] splits, int gather_dim, ScalarType dtype, bool[] float8,
+//                bool dequantize) -> Tensor[]
+void boxed_ulysses_unpack(StableIValue* stack, uint64_t, uint64_t) {
+  const char* op = "ulysses_unpack";
+  const Tensor buffer = take_tensor(stack[0]);
+  const auto shape = torch::stable::detail::to<std::vector<int64_t>>(stack[1]);
+  const auto splits = torch::stable::detail::to<std::vector<int64_t>>(stack[2]);
+  const int64_t dim = torch::stable::detail::to<int64_t>(stack[3]);
+  const int32_t dtype = torch::stable::detail::to<int32_t>(stack[4]);  // in torch's numbers
+  const auto float8 = torch::stable::detail::to<std::vector<bool>>(stack[5]);
+  const bool dequantize = torch::stable::detail::to<bool>(stack[6]);
+  check_buffer(op, buffer, shape, splits, dim, dtype);
+  const UlyssesLayout layout(shape, splits, dim, aoti_torch_dtype_element_size(dtype), float8);
+  check_buffer_bytes(op, buffer, layout.bytes);
+  Tensors results;
+  std::vector<Unpacked> tensors;
+  for (bool quantised : float8) {
+    const bool stays = quantised && !dequantize;
+    results.push_back(Tensor::empty(shape.data(), 4, stays ? aoti_torch_dtype_float8_e4m3fn() : dtype));
+    const Tensor& values = results.back();
+    advise_new_memory(values.mutable_data(), values.numel * values.element_size());
+    tensors.push_back({static_cast<char*>(values.mutable_data()), nullptr});
+    if (stays) {
+      results.push_back(Tensor::empty(shape.data(), 3, float32_dtype()));
+      tensors.back().scales = static_cast<float*>(results.back().mutable_data());
+    }
+  }
+  ulysses_unpack(layout, kernel_dtype(dtype), static_cast<const char*>(buffer.data()), tensors);
+  stack[0] = give(std::move(results));
+}
+
 }  // namespace
 }  // namespace cachedit
 
@@ -181,4 +247,7 @@ STABLE_TORCH_LIBRARY_IMPL(cachedit, CPU, m) {
   m.impl("residual_forecast", cachedit::boxed_residual_forecast<true>);
   m.impl("residual_forecast.floats", cachedit::boxed_residual_forecast<false>);
   m.impl("ring_gram", cachedit::boxed_ring_gram);
+  m.impl("merge_attention", cachedit::boxed_merge_attention);
+  m.impl("ulysses_pack", cachedit::boxed_ulysses_pack);
+  m.impl("ulysses_unpack", cachedit::boxed_ulysses_unpack);
 }

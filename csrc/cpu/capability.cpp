@@ -11,11 +11,14 @@
 namespace cachedit {
 namespace {
 
-constexpr Kernels kBaseline = {"default", &baseline::residual_kernels, &baseline::forecast_kernels, &baseline::gram_kernels};
+#define CACHEDIT_TABLES(isa) \
+  &isa::residual_kernels, &isa::forecast_kernels, &isa::gram_kernels, &isa::attention_kernels, &isa::ulysses_kernels
+
+constexpr Kernels kBaseline = {"default", CACHEDIT_TABLES(baseline)};
 
 #if defined(CACHEDIT_WITH_avx2)
-constexpr Kernels kAvx2 = {"avx2", &avx2::residual_kernels, &avx2::forecast_kernels, &avx2::gram_kernels};
-constexpr Kernels kAvx512 = {"avx512", &avx512::residual_kernels, &avx512::forecast_kernels, &avx512::gram_kernels};
+constexpr Kernels kAvx2 = {"avx2", CACHEDIT_TABLES(avx2)};
+constexpr Kernels kAvx512 = {"avx512", CACHEDIT_TABLES(avx512)};
 
 bool has_f16c() {  // older compilers' __builtin_cpu_supports does not know it
   unsigned a, b, c, d;

@@ -21,6 +21,12 @@ using ResidualForecast = void (*)(const void* hidden, float base, const void* co
 constexpr int64_t kMaxGramSlots = 16;
 using RingGram = void (*)(const void* const* slots, int64_t count, int64_t n, double* sums);
 
+using Widen = void (*)(const void* values, int64_t n, float* out);
+
+// Rows of n elements each. scales[row] = max(amax / 448, 2^-126), codes = E4M3(x / scale); and back: code * scale.
+using Quantize = void (*)(const void* x, int64_t rows, int64_t n, uint8_t* codes, float* scales);
+using Dequantize = void (*)(const uint8_t* codes, const float* scales, int64_t rows, int64_t n, void* out);
+
 struct ResidualKernels {  // indexed by DType
   ResidualL1 residual_l1[kDTypes];
   L1 l1[kDTypes];
@@ -35,21 +41,36 @@ struct GramKernels {
   RingGram ring_gram[kDTypes];
 };
 
+struct AttentionKernels {
+  Widen widen[kDTypes];
+};
+
+struct UlyssesKernels {
+  Quantize quantize[kDTypes];
+  Dequantize dequantize[kDTypes];
+};
+
 // Each instruction set's tables; the namespaces are CMake's names for the sets of compiler flags.
 namespace baseline {
 extern const ResidualKernels residual_kernels;
 extern const ForecastKernels forecast_kernels;
 extern const GramKernels gram_kernels;
+extern const AttentionKernels attention_kernels;
+extern const UlyssesKernels ulysses_kernels;
 }  // namespace baseline
 namespace avx2 {
 extern const ResidualKernels residual_kernels;
 extern const ForecastKernels forecast_kernels;
 extern const GramKernels gram_kernels;
+extern const AttentionKernels attention_kernels;
+extern const UlyssesKernels ulysses_kernels;
 }  // namespace avx2
 namespace avx512 {
 extern const ResidualKernels residual_kernels;
 extern const ForecastKernels forecast_kernels;
 extern const GramKernels gram_kernels;
+extern const AttentionKernels attention_kernels;
+extern const UlyssesKernels ulysses_kernels;
 }  // namespace avx512
 
 // The best set that this CPU runs and CACHEDIT_CPU_CAPABILITY allows. Chosen at the first call.
@@ -58,6 +79,8 @@ struct Kernels {
   const ResidualKernels* residual;
   const ForecastKernels* forecast;
   const GramKernels* gram;
+  const AttentionKernels* attention;
+  const UlyssesKernels* ulysses;
 };
 const Kernels& kernels();
 

@@ -1,8 +1,8 @@
 #include "cpu/launch.h"
 
-#include <torch/csrc/stable/c/shim.h>
-
 #include <algorithm>
+
+#include "cpu/parallel.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -10,10 +10,6 @@
 
 namespace cachedit {
 namespace {
-
-constexpr int64_t kChunk = 16384;       // elements; a multiple of the kernels' blocks
-constexpr int64_t kGrain = 4 * kChunk;   // what is worth a thread, about 10 microseconds
-constexpr int64_t kScratch = kChunk * sizeof(float);
 
 // The chunks of all streams, numbered through. A chunk lies within one row.
 template <class Stream>
@@ -33,14 +29,7 @@ class Chunks {
   // f(stream, row, first element of the chunk within the row, elements, number of the chunk)
   template <class F>
   void run(const F& f) const {
-    const Body<F> body{*this, f};
-    if (elements_ <= kGrain) {
-      body(0, count_);
-      return;
-    }
-    const int64_t grain = std::max<int64_t>(1, kGrain * count_ / elements_);
-    auto call = [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body<F>*>(context))(begin, end); };
-    torch_parallel_for(0, count_, grain, call, const_cast<Body<F>*>(&body));
+    parallel(count_, elements_, Body<F>{*this, f});
   }
 
  private:
@@ -68,13 +57,6 @@ class Chunks {
   int64_t count_ = 0;
   int64_t elements_ = 0;
 };
-
-// Room for the chunks of strided tensors, one of it per thread, made when first needed.
-char* scratch(int64_t chunks) {
-  thread_local std::vector<char> room;
-  if (static_cast<int64_t>(room.size()) < chunks * kScratch) room.resize(chunks * kScratch);
-  return room.data();
-}
 
 template <class F>
 void two_sums(const std::vector<SumsStream>& streams, float* out, const F& kernel) {

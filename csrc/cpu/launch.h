@@ -7,6 +7,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/strided.h"
+#include "cpu/ulysses_layout.h"
 
 namespace cachedit {
 
@@ -66,5 +67,28 @@ struct GramStream {
 
 // Into [S, rows, slots, slots].
 void ring_gram(const std::vector<GramStream>& streams, float* out);
+
+struct Merge {
+  DType dtype;   // of out and merged
+  DType dtype2;  // of out2; the same, or dtype is float32
+  int64_t rows;  // tokens and heads
+  int64_t head_dim;
+  Elements out, lse, out2, lse2;
+  Target merged;
+  float* merged_lse;
+};
+
+void merge_attention(const Merge& merge);
+
+// dtype is that of the tensors; there is one for each entry of the layout's float8.
+void ulysses_pack(const UlyssesLayout& layout, DType dtype, const std::vector<Elements>& tensors, char* buffer);
+
+struct Unpacked {
+  char* values;   // contiguous
+  float* scales;  // null unless the tensor stays quantised
+};
+
+void ulysses_unpack(const UlyssesLayout& layout, DType dtype, const char* buffer,
+                    const std::vector<Unpacked>& tensors);
 
 }  // namespace cachedit

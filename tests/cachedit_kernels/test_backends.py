@@ -13,7 +13,8 @@ import cachedit_kernels
 from cachedit_kernels import _native
 from operands import python
 
-OPERATORS = {"residual_l1", "l1", "residual_push", "residual_forecast", "ring_gram"}
+OPERATORS = {"residual_l1", "l1", "residual_push", "residual_forecast", "ring_gram", "merge_attention"}
+OPERATORS |= {"ulysses_pack", "ulysses_unpack"}
 UNSET = {"CACHEDIT_KERNELS_BACKEND": None, "CACHEDIT_CPU_CAPABILITY": None, "TRITON_INTERPRET": None}
 USE_ALL = """
 import torch, cachedit_kernels as c
@@ -25,6 +26,10 @@ print(c.l1([x], [x * 2]).tolist())
 print(c.residual_forecast([x], [ring], [1.0, 2.0])[0].tolist())
 print(c.residual_forecast([x], [ring], torch.tensor([1.0, 2.0]), 0.0)[0].tolist())
 print(c.ring_gram([ring]).tolist(), c.ring_gram([ring], [1], True).tolist())
+out, lse = torch.ones(1, 1, 1, 2), torch.zeros(1, 1, 1)
+print(c.merge_attention(out, lse, 3 * out, lse)[0].tolist())
+buffer = c.ulysses_pack([out, 2 * out], [1], 2, [True, False])
+print(len(buffer), [t.tolist() for t in c.ulysses_unpack(buffer, out.shape, [1], 1, out.dtype, [True, False])])
 """
 USED_ALL = """\
 [[6.0, 6.0]] [[[3.0, 3.0], [3.0, 3.0]]]
@@ -32,6 +37,8 @@ USED_ALL = """\
 [[8.0, 8.0, 8.0], [8.0, 8.0, 8.0]]
 [[7.0, 7.0, 7.0], [7.0, 7.0, 7.0]]
 [[[54.0, 36.0], [36.0, 24.0]]] [[[[12.0]], [[12.0]]]]
+[[[[2.0, 2.0]]]]
+48 [[[[[1.0, 1.0]]]], [[[[2.0, 2.0]]]]]
 """
 needs_library = pytest.mark.skipif(not _native.PATH.exists(), reason="needs the compiled library")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -13,17 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cachedit_kernels
 from cachedit_kernels import _checks
-
-
-class Case(NamedTuple):
-    op: str
-    arguments: tuple[Any, ...]
-    message: str  # without the operator's name
-    needs_values: bool = False  # not seen by a fake, which has no values and no memory
-
-
-def x(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
-    return torch.ones(shape, dtype=dtype, device=device)
+from refusals import Case, exchange_cases, x
 
 
 def overlapping() -> tuple[Tensor, Tensor]:
@@ -229,7 +219,7 @@ def cases() -> list[Case]:
     return table
 
 
-CASES = cases()
+CASES = cases() + exchange_cases()
 each_case = pytest.mark.parametrize("case", CASES, ids=[f"{i}-{case.op}" for i, case in enumerate(CASES)])
 
 

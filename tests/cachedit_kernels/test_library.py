@@ -24,6 +24,19 @@ def streams(seed: int, *leading: int) -> list[Tensor]:
     ]
 
 
+def attention(seed: int) -> Tensor:
+    return make((2, 8, 3, 16), torch.float32, "transposed", seed)
+
+
+LSE = torch.zeros(2, 8, 3)
+QKV = [True, False, True]
+PACKED = [2, 8, 3, 16], [2, 1], 2, torch.float32, QKV
+
+
+def packed() -> Tensor:
+    return cachedit_kernels.ulysses_pack([attention(s) for s in range(3)], [2, 1], 2, QKV)
+
+
 CALLS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "residual_l1": (OPS.residual_l1.default, lambda: (streams(0), streams(1), streams(2))),
     "residual_l1 per sample": (OPS.residual_l1.default, lambda: (streams(0), streams(1), streams(2), True)),
@@ -43,6 +56,11 @@ CALLS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "ring_gram": (OPS.ring_gram.default, lambda: (streams(0, 3),)),
     "ring_gram of some slots": (OPS.ring_gram.default, lambda: (streams(0, 3), [2, 0])),
     "ring_gram per sample": (OPS.ring_gram.default, lambda: (streams(0, 3), None, True)),
+    "merge_attention": (OPS.merge_attention.default, lambda: (attention(0), attention(1)[..., 0], attention(2), LSE)),
+    "ulysses_pack": (OPS.ulysses_pack.default, lambda: ([attention(s) for s in range(3)], [2, 1], 2, QKV)),
+    "ulysses_pack O": (OPS.ulysses_pack.default, lambda: ([attention(0)], [5, 3, 0], 1, [True])),
+    "ulysses_unpack": (OPS.ulysses_unpack.default, lambda: (packed(), *PACKED)),
+    "ulysses_unpack quantised": (OPS.ulysses_unpack.default, lambda: (packed(), *PACKED, False)),
 }
 each_call = pytest.mark.parametrize("operator, arguments", CALLS.values(), ids=CALLS)
 
@@ -64,7 +82,7 @@ def test_fake_results_look_like_real_ones(operator: Any, arguments: Callable[[],
     real = operator(*arguments())
     with FakeTensorMode() as mode:
         fake = operator(*torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, arguments()))
-    assert isinstance(real, list) == isinstance(fake, list)
+    assert isinstance(real, Tensor) or type(real) is type(fake)
     for r, f in zip(*map(torch.utils._pytree.tree_leaves, (real, fake))):
         assert (r.shape, r.stride(), r.dtype) == (f.shape, f.stride(), f.dtype) if r is not None else f is None
 
@@ -98,6 +116,23 @@ def test_a_step_compiles_into_one_graph() -> None:
             got = compiled(before, after, rings[1], slots, weights)
         torch.testing.assert_close(got, expected)
         torch.testing.assert_close(rings[1], rings[0])
+
+
+def test_an_exchange_compiles_for_any_length() -> None:
+    def exchange(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        length = q.shape[1]
+        buffer = cachedit_kernels.ulysses_pack([q, k * 2, v], [2, 1], 2, QKV)
+        shape = (2, length, 3, 16)
+        q, k, v = cachedit_kernels.ulysses_unpack(buffer, shape, [2, 1], 2, torch.float32, QKV)
+        lse = q[..., 0]
+        return [*cachedit_kernels.merge_attention(q, lse, k + v, lse * 2)]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(exchange, fullgraph=True, dynamic=True)
+    for length in (8, 11):
+        tensors = [make((2, length, 3, 16), torch.float32, "contiguous", seed) for seed in range(3)]
+        with torch.compiler.set_stance("fail_on_recompile" if length > 8 else "default"):
+            torch.testing.assert_close(compiled(*tensors), exchange(*tensors))
 
 
 def test_inference_mode_writes_into_a_ring_made_outside_it() -> None:

@@ -14,6 +14,7 @@ from operands import python
 SCRIPT = """
 import hashlib, torch
 from cachedit_kernels import backends, residual_l1, l1, residual_push, residual_forecast, ring_gram
+from cachedit_kernels import merge_attention, ulysses_pack, ulysses_unpack
 from operands import DTYPES, LAYOUTS, SHAPES, make
 
 def add(digest, tensors):
@@ -43,6 +44,14 @@ def everything():
             three = torch.stack([before, after, anchor])
             for per_sample in (False, True) if before.dim() else (False,):
                 add(digest, [ring_gram([three], None, per_sample), ring_gram([three], [2, 0], per_sample)])
+        for other in DTYPES if dtype == torch.float32 else (dtype,):
+            out, out2 = (make((2, 3000, 3, 41), d, "token slice", i) for i, d in enumerate((dtype, other)))
+            lse, lse2 = (30 * make((2, 3000, 3), torch.float32, "transposed", i) for i in range(2))
+            add(digest, merge_attention(out, lse, out2, lse2))
+        values = torch.where(every.isfinite(), every, 0).view(2, -1, 8, 64)
+        for x, splits, dim in ((out, [2, 1], 2), (values, [40, 24], 1), (values[..., :41], [5, 3], 2)):
+            buffer = ulysses_pack([x, x], splits, dim, [True, False])
+            add(digest, [buffer, *ulysses_unpack(buffer, x.shape, splits, dim, dtype, [True, False])])
     return digest.hexdigest()
 
 digests = set()
