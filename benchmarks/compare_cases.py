@@ -71,7 +71,7 @@ MODELS = [
     Model("Flux, guided", lambda: tiny("FluxPipeline", True), 0.45, 0.18, "guidance branches"),
     Model("Qwen-Image", lambda: tiny("QwenImagePipeline", True), 0.5, 0.2),
     Model("Qwen-Image, unguided", lambda: tiny("QwenImagePipeline", False), 0.5, 0.2, "guidance branches"),
-    Model("Wan 2.2", lambda: tiny("WanPipeline, two transformers", True), 0.1, 0.08),
+    Model("Wan 2.2", lambda: tiny("WanPipeline + two transformers", True), 0.1, 0.08),
 ]
 GUIDED, UNGUIDED = ("Qwen-Image", "Wan 2.2"), ("embedded", "Flux")
 ALL = UNGUIDED + GUIDED
