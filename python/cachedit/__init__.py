@@ -38,6 +38,7 @@ from .load import (
 )
 from .mask import steps_mask
 from .modifier import ParamsModifier
+from .parallel import ParallelismBackend, ParallelismConfig
 from .patch_functor import PatchFunctor
 from .pattern import ForwardPattern
 from .plot import plot_summary
@@ -68,6 +69,8 @@ __all__ = [
     "ForwardPattern",
     "HermiteCalibratorConfig",
     "MemoryEstimate",
+    "ParallelismBackend",
+    "ParallelismConfig",
     "ParamsModifier",
     "PatchFunctor",
     "Pattern_0",
@@ -109,7 +112,6 @@ __all__ = [
 
 # Names of cache_dit for work that this version does not do.
 _LATER = {
-    "parallelism": ("ParallelismBackend", "ParallelismConfig"),
     "quantization": ("QuantizeBackend", "QuantizeConfig", "load", "quantize"),
     "compilation": ("set_compile_configs",),
     "profiling": (

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from .adapter import BlockAdapter, TransformerPlan, plan_or_learn
-from .attention import set_attention_backend
+from .attention import set_attention_backend, transformers_of
 from .calibrator import CalibratorConfig
 from .config import BasicCacheConfig, CacheType, DBCacheConfig
 from .controller import Controller, controller_of
 from .lazy import LazyController
 from .models import find_transformers
 from .modifier import ParamsModifier, Settings, modified, modifiers_per_transformer, settings_per_section
+from .parallel import ParallelismConfig
+from .parallel.apply import (
+    Parallelism,
+    disable_parallelism,
+    enable_parallelism,
+    prepare_parallelism,
+    process_group,
+    sequence_group,
+)
+from .parallel.groups import agree
 from .register import BlockAdapterRegister
 from .stats import CacheStats, collect, format_table
 from .watch import PipelineWatch
@@ -54,16 +64,18 @@ def enable_cache(
         calibrator_config: How to forecast reused steps. Default: the last residual as it is.
         params_modifiers: One :class:`ParamsModifier` for everything, one per block list, or with several transformers
             one (or a list) per transformer; None where the common settings hold. Default: the adapter's.
-        parallelism_config: Not available in this version yet.
-        attention_backend: Name of a diffusers attention backend to set on the transformers. Given without a
-            ``cache_config``, it is all that is done.
+        parallelism_config: How ranks share the work, a :class:`ParallelismConfig`; every rank makes the same call.
+        attention_backend: Name of a diffusers attention backend to set on the transformers. Where this or
+            ``parallelism_config`` is given without a ``cache_config``, no cache is enabled.
         quantize_config: Not available in this version yet.
 
     Returns:
         What was given.
 
     Raises:
-        ValueError, TypeError: For a configuration or an adapter that does not fit. Nothing is changed then.
+        ValueError, TypeError: For a configuration or an adapter that does not fit, on every rank if it is so on one.
+            Nothing is changed then.
+        RuntimeError: For a ``parallelism_config`` where torch.distributed has not been initialised.
         NotImplementedError: For an argument that this version cannot serve.
 
     Example:
@@ -71,47 +83,66 @@ def enable_cache(
         >>> image = pipe("a cat").images[0]
         >>> cachedit.summary(pipe)
     """
-    for name, value in (("parallelism_config", parallelism_config), ("quantize_config", quantize_config)):
-        if value is not None:
-            raise NotImplementedError(f"{name} is not available in this version of cachedit yet, got {value!r}")
-    if attention_backend is not None and cache_config is None:
-        set_attention_backend(pipe_or_adapter, attention_backend)
-        return pipe_or_adapter
-    pipe, plans = _plans(pipe_or_adapter)
-    common = Settings(DBCacheConfig() if cache_config is None else cache_config, calibrator_config)
-    common.check()
-    if params_modifiers is None:
-        params_modifiers = [plan.modifiers for plan in plans]
-    counts = [len(plan.modifiers) for plan in plans]
-    controllers = [
-        _make_controller(plan, common, modifiers)
-        for plan, modifiers in zip(plans, modifiers_per_transformer(params_modifiers, counts), strict=True)
-    ]
+    if quantize_config is not None:
+        raise NotImplementedError(
+            f"quantize_config is not available in this version of cachedit yet, got {quantize_config!r}"
+        )
+    nothing_else = attention_backend is None and parallelism_config is None
+    caches = cache_config is not None or nothing_else
+
+    def prepare() -> _Prepared:
+        if not caches:
+            return _Prepared(None, [], transformers_of(pipe_or_adapter))
+        common = Settings(DBCacheConfig() if cache_config is None else cache_config, calibrator_config)
+        return _prepare(pipe_or_adapter, common, params_modifiers)
+
+    if parallelism_config is None:
+        prepared, parallel = prepare(), None
+    else:
+        prepared, parallel = _agree(pipe_or_adapter, parallelism_config, prepare)
     if attention_backend is not None:
-        set_attention_backend([plan.transformer for plan in plans], attention_backend)
-    if common.config.cache_type is CacheType.NONE:
+        set_attention_backend(prepared.transformers, attention_backend)
+    if parallel is not None:
+        enable_parallelism(parallel)
+        for controller in (*prepared.controllers, *_controllers(pipe_or_adapter)):
+            controller.join(sequence_group(controller.transformer))
+    if not caches:
+        return pipe_or_adapter
+    if cache_config is not None and cache_config.cache_type is CacheType.NONE:
         logger.info("cache_type is NONE: nothing is enabled on %s", type(pipe_or_adapter).__name__)
-        return disable_cache(pipe_or_adapter)
+        return _disable(pipe_or_adapter)
+    pipe = prepared.pipe
     watched = None if pipe is None else PipelineWatch.of(pipe)
     if watched is not None:
         watched.release()
-    for controller in controllers:
+    for controller in prepared.controllers:
         controller.attach()
         _announce(controller, pipe)
     if pipe is not None:
-        PipelineWatch(pipe, [plan.transformer for plan in plans]).attach()
+        PipelineWatch(pipe, prepared.transformers).attach()
     return pipe_or_adapter
 
 
 def disable_cache(pipe_or_adapter: Any) -> Any:
-    """Take the cache off again; everything is as it was before, bit for bit.
+    """Take the cache and parallelism off again; everything is as it was before, bit for bit.
+
+    Weights that were cut for tensor parallelism stay cut.
 
     Args:
         pipe_or_adapter: What ``enable_cache`` was given, or the pipeline or transformer within it.
 
     Returns:
-        What was given. Nothing happens where the cache is not enabled.
+        What was given. Nothing happens where nothing is enabled.
     """
+    _disable(pipe_or_adapter)
+    pipe = getattr(pipe_or_adapter, "pipe", pipe_or_adapter)
+    for module in (*_modules(pipe_or_adapter), *getattr(pipe, "components", {}).values()):
+        if isinstance(module, nn.Module):
+            disable_parallelism(module)
+    return pipe_or_adapter
+
+
+def _disable(pipe_or_adapter: Any) -> Any:
     for controller in _controllers(pipe_or_adapter):
         controller.detach()
     watched = PipelineWatch.of(getattr(pipe_or_adapter, "pipe", pipe_or_adapter))
@@ -238,6 +269,43 @@ def summary(adapter_or_others: Any, details: bool = False, logging: bool = True)
     return stats
 
 
+class _Prepared(NamedTuple):
+    """What ``enable_cache`` has checked, and is to enable."""
+
+    pipe: Any
+    controllers: list[Controller]
+    transformers: list[nn.Module]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be the same on ranks that decide alike."""
+        return {"cache": [str(settings) for controller in self.controllers for settings in controller.settings]}
+
+
+def _prepare(target: Any, common: Settings, params_modifiers: Any) -> _Prepared:
+    pipe, plans = _plans(target)
+    common.check()
+    if params_modifiers is None:
+        params_modifiers = [plan.modifiers for plan in plans]
+    counts = [len(plan.modifiers) for plan in plans]
+    controllers = [
+        _make_controller(plan, common, modifiers)
+        for plan, modifiers in zip(plans, modifiers_per_transformer(params_modifiers, counts), strict=True)
+    ]
+    return _Prepared(pipe, controllers, [plan.transformer for plan in plans])
+
+
+def _agree(target: Any, config: ParallelismConfig, prepare: Callable[[], _Prepared]) -> tuple[_Prepared, Parallelism]:
+    """Prepare on every rank, or raise on every rank."""
+    group = process_group(config)
+
+    def check() -> tuple[_Prepared, Parallelism]:
+        prepared = prepare()
+        pipe = prepared.pipe if prepared.pipe is not None else getattr(target, "pipe", target)
+        return prepared, prepare_parallelism(prepared.transformers, pipe, config, group)
+
+    return agree(group, check, lambda both: both[0].fingerprint() | both[1].fingerprint())
+
+
 def _plans(target: Any) -> tuple[Any, list[TransformerPlan]]:
     """The pipeline, if there is one, and a plan per transformer."""
     adapter = target if isinstance(target, BlockAdapter) else BlockAdapterRegister.registered(target)
@@ -254,18 +322,18 @@ def _plans(target: Any) -> tuple[Any, list[TransformerPlan]]:
     return target, [plan_or_learn(transformer, target) for transformer in transformers]
 
 
-def _controllers(target: Any) -> list[Controller]:
+def _modules(target: Any) -> list[nn.Module]:
     if isinstance(target, BlockAdapter):
         modules = target.transformer if target.transformer is not None else getattr(target.pipe, "transformer", [])
-        modules = list(modules) if isinstance(modules, (list, tuple)) else [modules]
-    elif isinstance(target, nn.Module):
-        modules = [target]
-    else:
-        watched = PipelineWatch.of(target)
-        if watched is not None:
-            return watched.controllers
-        modules = list(find_transformers(target))
-    return [c for c in map(controller_of, modules) if c is not None]
+        return list(modules) if isinstance(modules, (list, tuple)) else [modules]
+    return [target] if isinstance(target, nn.Module) else list(find_transformers(target))
+
+
+def _controllers(target: Any) -> list[Controller]:
+    watched = None if isinstance(target, (BlockAdapter, nn.Module)) else PipelineWatch.of(target)
+    if watched is not None:
+        return watched.controllers
+    return [c for c in map(controller_of, _modules(target)) if c is not None]
 
 
 def _enabled(name: str, target: Any) -> list[Controller]:

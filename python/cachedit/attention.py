@@ -9,7 +9,7 @@ from torch import nn
 from .adapter import BlockAdapter
 from .models import find_transformers
 
-__all__ = ["set_attention_backend", "set_attn_backend"]
+__all__ = ["set_attention_backend", "set_attn_backend", "transformers_of"]
 
 
 def set_attention_backend(pipe_or_adapter: Any, attention_backend: str | None = None) -> None:
@@ -26,7 +26,7 @@ def set_attention_backend(pipe_or_adapter: Any, attention_backend: str | None = 
     """
     if attention_backend is None:
         return
-    transformers = _transformers(pipe_or_adapter)
+    transformers = transformers_of(pipe_or_adapter)
     unable = [module for module in transformers if not hasattr(module, "set_attention_backend")]
     if unable or not transformers:
         name = type((unable or [pipe_or_adapter])[0]).__name__
@@ -45,11 +45,12 @@ def set_attention_backend(pipe_or_adapter: Any, attention_backend: str | None = 
 set_attn_backend = set_attention_backend  # as cache_dit calls it
 
 
-def _transformers(target: Any) -> list[Any]:
+def transformers_of(target: Any) -> list[Any]:
+    """The transformers of a pipeline, an adapter, or a list of such; a module is one itself."""
     if isinstance(target, nn.Module):
         return [target]
     if not isinstance(target, (list, tuple)):
         if not isinstance(target, BlockAdapter):
-            return find_transformers(target)
+            return list(find_transformers(target))
         target = [target.pipe if target.transformer is None else target.transformer]
-    return [module for item in target for module in _transformers(item)]
+    return [module for item in target for module in transformers_of(item)]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .tap import Tap
 
 __all__ = [
+    "SPLIT",
     "Guard",
     "Link",
     "Run",
@@ -31,10 +32,12 @@ __all__ = [
     "current_run",
     "intercept",
     "onload_group",
+    "own_piece",
     "release",
     "run_sections",
 ]
 
+SPLIT = "_cachedit_split"  # attribute of a module that splits its inputs among ranks
 _thread = threading.local()  # .run: the innermost cached forward of this thread
 
 
@@ -60,6 +63,7 @@ class Section:
         # Whether blocks write into their inputs; None until the first computed step has shown it.
         self.in_place: bool | None = None
         self.tap: Tap | None = None  # of TeaCache
+        self.group: Any = None  # ranks that hold the other pieces of the sequence
 
     def check(self, config: BasicCacheConfig) -> None:
         """Raise a ValueError if ``config`` asks for more blocks than there are."""
@@ -156,6 +160,22 @@ class Site:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.block, name)
+
+    def hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The block's hidden_states in a call."""
+        signature = self.link.signature
+        return own_piece(self.block, signature.hidden_name, signature.hidden(args, kwargs))
+
+    def encoder(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The block's encoder_hidden_states in a call, or None where it takes none."""
+        signature = self.link.signature
+        return own_piece(self.block, signature.encoder_name, signature.encoder(args, kwargs))
+
+
+def own_piece(block: nn.Module, name: str, stream: Any) -> Any:
+    """What a block makes of a stream that it is called with: under sequence parallelism, the first one may split it."""
+    split = vars(block).get(SPLIT)
+    return stream if split is None or stream is None else split.stream(name, stream)
 
 
 def onload_group(block: nn.Module) -> None:

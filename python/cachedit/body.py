@@ -23,7 +23,7 @@ from torch import nn
 from .blocks import Guard, Link, Section, Site, current_run, onload_group
 from .context import SectionState
 from .metric import Measured
-from .pattern import BlockSignature, check_shapes
+from .pattern import check_shapes
 from .policy import Decision
 
 __all__ = ["SectionRun"]
@@ -145,7 +145,7 @@ class _Open(Site):
     __slots__ = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.run.open(self.link.signature.hidden(args, kwargs))
+        self.run.open(self.hidden(args, kwargs))
         return self.block(*args, **kwargs)
 
 
@@ -156,7 +156,7 @@ class _HeadEnd(Site):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.run.before is None:
-            self.run.open(self.link.signature.hidden(args, kwargs))
+            self.run.open(self.hidden(args, kwargs))
         output = self.block(*args, **kwargs)
         _, self.run.head_encoder = self.link.signature.pattern.unpack(self.block, output)
         return output
@@ -202,11 +202,10 @@ class _Edge(Site):
         self.tail = tail
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        run, signature = self.run, self.link.signature
-        pattern = signature.pattern
+        run, pattern = self.run, self.link.signature.pattern
         if self.enters:
-            encoder = None if pattern.Return_H_Only else _encoder(signature, run, args, kwargs)
-            run.enter(signature.hidden(args, kwargs), encoder)
+            encoder = None if pattern.Return_H_Only else self._encoder(args, kwargs)
+            run.enter(self.hidden(args, kwargs), encoder)
         if run.reuse and run.streams is not None:
             if not self.leaves:
                 return pattern.pack(*run.streams)
@@ -218,8 +217,6 @@ class _Edge(Site):
             run.leave(self.block, *pattern.unpack(self.block, output))
         return output
 
-
-def _encoder(
-    signature: BlockSignature, run: SectionRun, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> torch.Tensor | None:
-    return run.head_encoder if signature.pattern.Forward_H_only else signature.encoder(args, kwargs)
+    def _encoder(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        forward_h_only = self.link.signature.pattern.Forward_H_only
+        return self.run.head_encoder if forward_h_only else self.encoder(args, kwargs)

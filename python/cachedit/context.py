@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -44,13 +44,15 @@ class State:
     Args:
         config: Validated cache configuration.
         calibrator_config: Validated calibrator configuration, or None for plain reuse.
+        group: Ranks that hold the other pieces of the streams, and decide alike.
     """
 
     policy: Policy
 
-    def __init__(self, config: BasicCacheConfig, calibrator_config: CalibratorConfig | None):
+    def __init__(self, config: BasicCacheConfig, calibrator_config: CalibratorConfig | None, group: Any = None):
         self.config = config
         self.calibrator_config = calibrator_config
+        self.group = group
         self.specs: list[StreamSpec] | None = None
 
     def begin(self, total_steps: int | None) -> None:
@@ -109,13 +111,20 @@ class SectionState(State):
         config: Validated cache configuration.
         calibrator_config: Validated calibrator configuration, or None for plain reuse.
         tap: TeaCache's, if that is what decides.
+        group: Ranks that hold the other pieces of the streams, and decide alike.
     """
 
-    def __init__(self, config: BasicCacheConfig, calibrator_config: CalibratorConfig | None, tap: Tap | None = None):
-        super().__init__(config, calibrator_config)
-        self.residuals = ResidualStore(calibrator_config)
+    def __init__(
+        self,
+        config: BasicCacheConfig,
+        calibrator_config: CalibratorConfig | None,
+        tap: Tap | None = None,
+        group: Any = None,
+    ):
+        super().__init__(config, calibrator_config, group)
+        self.residuals = ResidualStore(calibrator_config, group)
         self.tap = tap
-        self.metric: Metric = HeadResidual() if tap is None else SignalChange()
+        self.metric: Metric = HeadResidual(group) if tap is None else SignalChange(group)
         self.borrows_from: SectionState | None = None  # another branch, whose difference of the same step serves here
         self.begin(None)
 

@@ -17,6 +17,7 @@ from .adapter import TransformerPlan
 from .blocks import Link, Section, intercept, release, run_sections
 from .config import BasicCacheConfig
 from .modifier import Settings
+from .parallel.apply import sequence_group
 from .patch_functor import is_patched
 from .pattern import BlockSignature
 from .request import Branch, Loop, Request, Requests, check_key
@@ -90,6 +91,7 @@ class Controller:
         for index, (group, chosen) in enumerate(zip(plan.sections, settings, strict=True)):
             name = "+".join(item.name for item in group)
             section = Section(name, sum(len(item.blocks) for item in group), *chosen)
+            section.group = sequence_group(self.transformer)
             offset = 0
             for item in group:
                 signature = BlockSignature(item.blocks[0], item.pattern, plan.check_forward_pattern, item.streams)
@@ -142,6 +144,12 @@ class Controller:
         self._set_tap(tap)
         self.requests.clear()
         self.warned_about_idling = self.warned_about_mask = False
+
+    def join(self, group: Any) -> None:
+        """Decide alike with the ranks that hold the other pieces of the sequences; None is this rank alone."""
+        for section in self.sections:
+            section.group = group
+        self.requests.clear()
 
     def _set_tap(self, tap: Tap | None) -> None:
         if self.tap is not None and self.attached:

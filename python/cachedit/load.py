@@ -18,6 +18,7 @@ from .calibrator import CalibratorConfig, DMDCalibratorConfig, FoCaCalibratorCon
 from .config import BasicCacheConfig, DBCacheConfig, DBPruneConfig
 from .document import Document, read_document
 from .mask import MASK_POLICIES, steps_mask
+from .parallel import ParallelismConfig
 from .teacache import TeaCacheConfig
 
 __all__ = [
@@ -61,16 +62,15 @@ _CALIBRATORS: dict[str, _Calibrator] = {
     "enable_foca": _Calibrator(FoCaCalibratorConfig, _SHARED_KEYS | _FOCA_KEYS, False),
 }
 
-# Sections that nothing uses yet: their keys are checked, and the sizes.
 _SIZES = {"ulysses": "ulysses_size", "ring": "ring_size", "tp": "tp_size"}  # short name: name
-_PARALLELISM_KEYS = (
-    *(*_SIZES, *_SIZES.values(), "backend", "attention_backend", "cp_plan", "extra_parallel_modules"),
-    *("ulysses_anything", "ulysses_float8", "ulysses_async", "ring_rotate_method", "ring_convert_to_fp32"),
-    *("extra_parallel_kwargs", "parallel_kwargs", "use_ray", "ray_num_workers", "ray_address", "ray_runtime_env"),
-    *("ray_init_kwargs", "ray_worker_options", "ray_master_port", "ray_auto_shutdown", "ray_transfer_backend"),
-    *("ray_transfer_custom_obj", "ray_transfer_fn", "ray_use_flashpack", "ray_use_compile"),
+_RAY_KEYS = (  # of a launcher that is not here: without effect, as long as use_ray is false
+    *("ray_num_workers", "ray_address", "ray_runtime_env", "ray_init_kwargs", "ray_worker_options", "ray_master_port"),
+    *("ray_auto_shutdown", "ray_transfer_backend", "ray_transfer_custom_obj", "ray_transfer_fn", "ray_use_flashpack"),
+    "ray_use_compile",
 )
-_QUANTIZE_KEYS = (
+_PARALLELISM_FIELDS = [f.name for f in dataclasses.fields(ParallelismConfig) if f.name != "process_group"]
+_PARALLELISM_KEYS = (*_SIZES, *_PARALLELISM_FIELDS, *_RAY_KEYS)
+_QUANTIZE_KEYS = (  # of a section that nothing uses yet
     *("backend", "quant_type", "exclude_layers", "regional_quantize", "repeated_blocks", "filter_fn", "verbose"),
     *("components_to_quantize", "per_tensor_fallback", "precision_plan", "calibrate_fn", "serialize_to", "svdq_kwargs"),
 )
@@ -89,11 +89,12 @@ def load_configs(path_or_dict: Document, return_dict: bool = True, **kwargs: Any
         path_or_dict: A YAML file, a JSON file (by the suffix ``.json``), or a dictionary of the same shape.
         return_dict: Return a dictionary, else a tuple in the same order.
         **kwargs: ``reset=True`` leaves fields that are not given at None, for ``refresh_context``.
-            ``auto_parallel_size`` is accepted and has no effect: a size of ``"auto"`` stays as it is.
+            ``auto_parallel_size`` is accepted and has no effect: a size of ``"auto"`` is worked out when parallelism
+            is enabled.
 
     Returns:
-        ``cache_config``, ``calibrator_config`` (objects), ``parallelism_config`` (a plain dictionary),
-        ``attention_backend`` (a string), ``quantize_config`` (a plain dictionary); None for what is not in the file.
+        ``cache_config``, ``calibrator_config``, ``parallelism_config`` (objects), ``attention_backend`` (a string),
+        ``quantize_config`` (a plain dictionary); None for what is not in the file.
 
     Raises:
         ValueError: For malformed files, unknown keys, values of the wrong type or out of range. The message names the
@@ -127,13 +128,13 @@ def load_cache_config(path_or_dict: Document, **kwargs: Any) -> Loaded:
 
 def load_parallelism_config(
     path_or_dict: Document, check_only: bool = False, **kwargs: Any
-) -> dict[str, Any] | bool | None:
+) -> ParallelismConfig | bool | None:
     """Load the section ``parallelism_config``: arguments and errors as for :func:`load_configs`.
 
     Returns:
-        A plain dictionary, or None where there is no such section; with ``check_only``, whether there is one.
+        The configuration, or None where there is no such section; with ``check_only``, whether there is one.
     """
-    section: dict[str, Any] | None = load_configs(path_or_dict, **kwargs)["parallelism_config"]
+    section: ParallelismConfig | None = load_configs(path_or_dict, **kwargs)["parallelism_config"]
     return section is not None if check_only else section
 
 
@@ -250,7 +251,7 @@ def _build(config_class: type[AnyConfig], values: dict[str, Any], where: str, na
     return config
 
 
-def _parallelism_config(content: Mapping[str, Any], where: str) -> dict[str, Any] | None:
+def _parallelism_config(content: Mapping[str, Any], where: str) -> ParallelismConfig | None:
     section = _plain_section(content, "parallelism_config", _PARALLELISM_KEYS, where)
     if section is None:
         return None
@@ -258,12 +259,13 @@ def _parallelism_config(content: Mapping[str, Any], where: str) -> dict[str, Any
     for short, name in _SIZES.items():
         if short in section and section.setdefault(name, section[short]) != section.pop(short):
             raise ValueError(f"{where}{short} and {name} are one setting, but have two values")
-        size = section.get(name)
-        if size is not None and size != "auto" and (type(size) is not int or size < 1):
-            raise ValueError(f'{where}{name} must be an integer of at least 1 or "auto", got {size!r}')
-    if sum(section.get(name) == "auto" for name in _SIZES.values()) > 1:
-        raise ValueError(f'{where}only one of {", ".join(_SIZES.values())} may be "auto"')
-    return section
+    try:
+        fields = {name: value for name, value in section.items() if name not in _RAY_KEYS and value is not None}
+        config = ParallelismConfig(**fields)
+        config.validate()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}{error}") from None
+    return config
 
 
 def _plain_section(content: Mapping[str, Any], name: str, known: Collection[str], where: str) -> dict[str, Any] | None:

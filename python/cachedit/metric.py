@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 import cachedit_kernels as kernels
 
-from .store import allocate
+from .store import add_up, allocate
 
 __all__ = ["HeadResidual", "Measured", "Metric", "SignalChange", "relative"]
 
@@ -54,7 +54,8 @@ class HeadResidual:
     ``sum |(after - before) - anchor| / sum |anchor|`` in fp32.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, group: Any = None) -> None:
+        self.group = group
         self.ring: torch.Tensor | None = None
         self.anchor: torch.Tensor | None = None  # the same memory without the ring's dimension
         self.known = False
@@ -66,7 +67,7 @@ class HeadResidual:
     def measure(self, seen: Measured) -> float:
         if not self.known or self.anchor is None:
             return math.inf
-        return relative(kernels.residual_l1([seen.before], [seen.after], [self.anchor]))[0]
+        return relative(kernels.residual_l1([seen.before], [seen.after], [self.anchor]), self.group)[0]
 
     def keep(self, seen: Measured, computed: bool) -> None:
         if not computed:
@@ -91,7 +92,8 @@ class SignalChange:
     ``sum |signal - previous| / sum |previous|`` in fp32.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, group: Any = None) -> None:
+        self.group = group
         self.previous: torch.Tensor | None = None
         self.known = False
 
@@ -102,7 +104,7 @@ class SignalChange:
     def measure(self, seen: Measured) -> float:
         if not self.known or self.previous is None or seen.signal is None or not _alike(self.previous, seen.signal):
             return math.inf
-        return relative(kernels.l1([self.previous], [seen.signal]))[0]
+        return relative(kernels.l1([self.previous], [seen.signal]), self.group)[0]
 
     def keep(self, seen: Measured, computed: bool) -> None:
         if seen.signal is None:
@@ -121,8 +123,9 @@ class SignalChange:
         self.known = False
 
 
-def relative(sums: torch.Tensor) -> list[float]:
+def relative(sums: torch.Tensor, group: Any = None) -> list[float]:
     """Read rows of ``[moved, size]`` back and return their ratios; this waits for the device."""
+    sums = add_up(sums, group)
     return [moved / size if size != 0.0 else 0.0 if moved == 0.0 else math.inf for moved, size in sums.tolist()]
 
 

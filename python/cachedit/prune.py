@@ -34,8 +34,8 @@ class _Block:
 
     __slots__ = ("previous", "residuals")
 
-    def __init__(self, calibrator_config: CalibratorConfig | None):
-        self.residuals = ResidualStore(calibrator_config)
+    def __init__(self, calibrator_config: CalibratorConfig | None, group: Any):
+        self.residuals = ResidualStore(calibrator_config, group)
         self.previous: torch.Tensor | None = None
 
 
@@ -46,12 +46,15 @@ class PruneState(State):
         config: Validated cache configuration.
         calibrator_config: Validated calibrator configuration, or None for plain reuse.
         total: Number of blocks.
+        group: Ranks that hold the other pieces of the streams, and decide alike.
     """
 
     config: DBPruneConfig
 
-    def __init__(self, config: DBPruneConfig, calibrator_config: CalibratorConfig | None, total: int):
-        super().__init__(config, calibrator_config)
+    def __init__(
+        self, config: DBPruneConfig, calibrator_config: CalibratorConfig | None, total: int, group: Any = None
+    ):
+        super().__init__(config, calibrator_config, group)
         self.prunable = config.prunable_blocks(total)
         self.blocks: dict[int, _Block] = {}
         self.runs: dict[int, int] = {}  # by block: how many in a row were pruned from there at the step before
@@ -116,7 +119,7 @@ class PruneState(State):
                 inputs.append(self._forecast(n - 1, inputs[-1]))
             sums.append(kernels.l1([self.blocks[n].previous], [self._sample(inputs[-1][0])]))  # type: ignore[list-item]
         self.decided.clear()
-        for i, diff in enumerate(relative(sums[0] if len(sums) == 1 else torch.cat(sums))):
+        for i, diff in enumerate(relative(sums[0] if len(sums) == 1 else torch.cat(sums), self.group)):
             outputs: Outputs = None
             if self._below_threshold(numbers[i], diff):
                 outputs = inputs[i + 1] if i + 1 < len(inputs) else self._forecast(numbers[i], inputs[i])
@@ -142,7 +145,7 @@ class PruneState(State):
 
     def keep_input(self, number: int, hidden: torch.Tensor) -> None:
         """Keep the input of a block that is about to be computed, if differences are measured at all."""
-        block = self.blocks.setdefault(number, _Block(self.calibrator_config))
+        block = self.blocks.setdefault(number, _Block(self.calibrator_config, self.group))
         if self.policy.measures:
             sample = self._sample(hidden)
             if block.previous is None:
@@ -215,12 +218,11 @@ class PruneRun:
             self.section.in_place = self.wrote
         self.state.close(self.section.total, self.opened)
 
-    def call(self, block: nn.Module, number: int, link: Link, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, site: Site, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute or prune one block."""
-        signature, state = link.signature, self.state
-        pattern = signature.pattern
-        hidden = signature.hidden(args, kwargs)
-        encoder = self.encoder if pattern.Forward_H_only else signature.encoder(args, kwargs)
+        block, state, pattern = site.block, self.state, site.link.signature.pattern
+        hidden = site.hidden(args, kwargs)
+        encoder = self.encoder if pattern.Forward_H_only else site.encoder(args, kwargs)
         unknown = pattern.Forward_H_only and not pattern.Return_H_Only and encoder is None
         streams = [hidden] if encoder is None or pattern.Return_H_Only else [hidden, encoder]
         self.bypassed = self.bypassed or any(stream.requires_grad for stream in streams)
@@ -257,7 +259,7 @@ class _Prunable(Site):
         self.number = number
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run.call(self.block, self.number, self.link, args, kwargs)
+        return self.run.call(self, self.number, args, kwargs)
 
 
 class _Tracked(Site):

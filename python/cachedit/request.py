@@ -304,8 +304,8 @@ def check_key(key: Any) -> None:
 def _new_state(section: Section) -> State:
     config = section.config
     if isinstance(config, DBPruneConfig):
-        return PruneState(config, section.calibrator_config, section.total)
-    return SectionState(config, section.calibrator_config, section.tap)
+        return PruneState(config, section.calibrator_config, section.total, section.group)
+    return SectionState(config, section.calibrator_config, section.tap, section.group)
 
 
 def _new_run(section: Section, state: State) -> Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ import cachedit_kernels as kernels
 from .calibrator import CalibratorConfig
 from .forecast import FittedForecaster, make_forecaster
 
-__all__ = ["ResidualStore", "allocate"]
+__all__ = ["ResidualStore", "add_up", "allocate"]
 
 
 class ResidualStore:
@@ -22,9 +23,11 @@ class ResidualStore:
 
     Args:
         calibrator_config: Validated calibrator configuration, or None for plain reuse.
+        group: Ranks that hold the other pieces of the streams.
     """
 
-    def __init__(self, calibrator_config: CalibratorConfig | None):
+    def __init__(self, calibrator_config: CalibratorConfig | None, group: Any = None):
+        self.group = group
         self.forecaster = make_forecaster(calibrator_config)
         self.slots = self.forecaster.slots
         self.fitter = self.forecaster if isinstance(self.forecaster, FittedForecaster) else None
@@ -102,7 +105,7 @@ class ResidualStore:
         rings = [ring for ring, p in zip(self.rings, plain, strict=True) if not p]
         if self.fits is None:
             slots = [(self.next_slot - 1 - age) % self.slots for age in range(fitter.window(self.steps))]
-            grams = kernels.ring_gram(rings, slots).tolist() if rings else []
+            grams = add_up(kernels.ring_gram(rings, slots), self.group).tolist() if rings else []
             self.fits = [fitter.fit(self.steps, gram) for gram in grams]
         fits = iter(self.fits)
         return [[1.0] if p else next(fits)(step) for p in plain]
@@ -120,6 +123,13 @@ class ResidualStore:
             slot = (slot or slots) - 1
             by_slot[slot] = weight
         return by_slot
+
+
+def add_up(sums: torch.Tensor, group: Any) -> torch.Tensor:
+    """Sums over the pieces of all ranks of a group, in one collective; None is this rank alone."""
+    if group is not None:
+        torch.distributed.all_reduce(sums, group=group)
+    return sums
 
 
 def allocate(slots: int, like: torch.Tensor) -> torch.Tensor:

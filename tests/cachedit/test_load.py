@@ -30,6 +30,7 @@ EVERYTHING = {
     "attention_backend": "native",
     "quantize_config": {"quant_type": "float8_per_row"},
 }
+PARALLELISM = cachedit.ParallelismConfig(ulysses_size="auto", extra_parallel_modules=["vae"])
 
 
 def cache(**section):
@@ -63,7 +64,7 @@ def test_every_section():
     assert loaded == {
         "cache_config": DBCacheConfig(max_warmup_steps=4),
         "calibrator_config": TaylorSeerCalibratorConfig(taylorseer_order=2, enable_encoder_calibrator=False),
-        "parallelism_config": EVERYTHING["parallelism_config"],
+        "parallelism_config": PARALLELISM,
         "attention_backend": "native",
         "quantize_config": EVERYTHING["quantize_config"],
     }
@@ -81,7 +82,8 @@ def test_files_mean_what_dictionaries_mean(tmp_path, name, kind):
 @pytest.mark.parametrize("key", ["parallelism_config", "attention_backend", "quantize_config"])
 def test_sections_may_be_absent(key):
     given = {key: EVERYTHING[key]}
-    assert load_configs(given) == dict.fromkeys(KEYS) | given
+    loaded = {key: PARALLELISM if key == "parallelism_config" else EVERYTHING[key]}
+    assert load_configs(given) == dict.fromkeys(KEYS) | loaded
     assert load_cache_config(given) == (None, None)
 
 
@@ -89,7 +91,7 @@ def test_the_given_dictionary_is_left_alone():
     mask = [1, 0]
     given = {"cache_config": {"steps_computation_mask": mask}, "parallelism_config": {"tp": 2}}
     loaded = load_configs(given)
-    assert loaded["parallelism_config"] == {"tp_size": 2}
+    assert loaded["parallelism_config"] == cachedit.ParallelismConfig(tp_size=2)
     loaded["cache_config"].steps_computation_mask.append(1)
     assert given == {"cache_config": {"steps_computation_mask": [1, 0]}, "parallelism_config": {"tp": 2}}
 
@@ -216,7 +218,7 @@ def test_errors_name_file_and_key(tmp_path, section, message):
         ({"parallelism_config": {"tp_size": 0}}, "parallelism_config: tp_size must be an integer of at least 1 or"),
         ({"parallelism_config": {"ring": True}}, "parallelism_config: ring_size must be an integer .* got True"),
         ({"parallelism_config": {"ring": 2, "ring_size": 4}}, "parallelism_config: ring and ring_size are one setting"),
-        ({"parallelism_config": {"ring": "auto", "tp_size": "auto"}}, "parallelism_config: only one of .* may be"),
+        ({"parallelism_config": {"ring": "auto", "tp_size": "auto"}}, "parallelism_config: at most one of .* may be"),
     ],
 )
 def test_errors_in_other_sections(content, message):
@@ -252,7 +254,7 @@ def test_options_without_effect_are_logged(caplog):
 def test_single_sections(tmp_path):
     path = write(tmp_path, json.dumps(EVERYTHING))
     for source in (path, EVERYTHING):
-        assert cachedit.load_parallelism_config(source) == EVERYTHING["parallelism_config"]
+        assert cachedit.load_parallelism_config(source) == PARALLELISM
         assert cachedit.load_attn_backend_config(source) == "native"
         assert cachedit.load_quantize_config(source) == EVERYTHING["quantize_config"]
         assert cachedit.load_parallelism_config(source, check_only=True) is True

@@ -1,0 +1,165 @@
+"""Puts parallelism on transformers and on what else a pipeline has, and takes it off."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import nn
+
+from .attention import LSE_BACKENDS, SequenceAttention
+from .config import ParallelismConfig, Sizes
+from .groups import Groups
+from .plans import ContextPlan, attention_modules, find_plan
+from .processors import parallelise_attention
+from .split import Pieces, hook_plan
+
+__all__ = [
+    "Parallelism",
+    "disable_parallelism",
+    "enable_parallelism",
+    "prepare_parallelism",
+    "process_group",
+    "sequence_group",
+]
+
+logger = logging.getLogger(__name__)
+
+_ATTRIBUTE = "_cachedit_parallel"
+
+
+class Parallelism(NamedTuple):
+    """What has been checked, and is to be enabled."""
+
+    config: ParallelismConfig
+    sizes: Sizes
+    group: dist.ProcessGroup
+    transformers: list[tuple[nn.Module, ContextPlan | None]]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be the same on all ranks."""
+        fields = self.config.as_dict()
+        fields.pop("process_group")
+        fields["cp_plan"] = str(fields["cp_plan"])
+        fields["extra_parallel_modules"] = [
+            item if isinstance(item, str) else type(item).__name__ for item in fields["extra_parallel_modules"]
+        ]
+        fields["transformer"] = [type(transformer).__name__ for transformer, _ in self.transformers]
+        fields["parameters"] = [sum(p.numel() for p in t.parameters()) for t, _ in self.transformers]
+        return fields
+
+
+class _Parallel:
+    """What is on one transformer."""
+
+    def __init__(self, groups: Groups, undo: Callable[[], None]):
+        self.groups = groups
+        self.undo = undo
+
+
+def process_group(config: Any) -> dist.ProcessGroup:
+    """The ranks that take part.
+
+    Raises:
+        TypeError: For another configuration.
+        RuntimeError: Where torch.distributed has not been initialised.
+    """
+    if not isinstance(config, ParallelismConfig):
+        raise TypeError(f"parallelism_config must be a ParallelismConfig, got {type(config).__name__}")
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            "parallelism_config: torch.distributed is not initialised; launch with torchrun and call "
+            "torch.distributed.init_process_group first"
+        )
+    return dist.distributed_c10d._get_default_group() if config.process_group is None else config.process_group
+
+
+def prepare_parallelism(
+    transformers: Sequence[nn.Module], pipe: Any, config: ParallelismConfig, group: dist.ProcessGroup
+) -> Parallelism:
+    """Check everything that can be wrong before anything is changed.
+
+    Args:
+        transformers: What is shared out.
+        pipe: Has ``extra_parallel_modules`` that are given by name.
+        config: How.
+        group: The ranks that take part.
+
+    Raises:
+        ValueError, TypeError: Naming the argument.
+    """
+    config.validate()
+    sizes = config.sizes(dist.get_world_size(group))
+    if sizes.ring > 1 and config.attention_backend not in (None, *LSE_BACKENDS):
+        raise ValueError(
+            f"attention_backend must be one of {', '.join(LSE_BACKENDS)} for ring attention, "
+            f"got {config.attention_backend!r}"
+        )
+    rows: list[tuple[nn.Module, ContextPlan | None]] = []
+    for transformer in transformers:
+        row = find_plan(transformer, config.cp_plan)
+        if sizes.sequence > 1 and row is None:
+            raise ValueError(
+                f"parallelism_config: it is not known how to split {type(transformer).__name__}; give a cp_plan, or "
+                "use tp_size alone"
+            )
+        rows.append((transformer, row if sizes.sequence > 1 else None))
+    return Parallelism(config, sizes, group, rows)
+
+
+def enable_parallelism(parallelism: Parallelism) -> None:
+    """Put it on; what was there before of the same kind is taken off first."""
+    for transformer, row in parallelism.transformers:
+        disable_parallelism(transformer)
+        device = next(transformer.parameters()).device
+        groups = Groups(parallelism.sizes, parallelism.group, device.type)
+        undo: list[Callable[[], None]] = []
+        try:
+            if row is not None:
+                _split(transformer, row, groups, parallelism.config, undo)
+        except BaseException:
+            _unwind(undo)
+            raise
+        vars(transformer)[_ATTRIBUTE] = _Parallel(groups, lambda undo=undo: _unwind(undo))  # type: ignore[misc]
+        logger.info("parallelism enabled on %s: %s", type(transformer).__name__, parallelism.config.strify())
+
+
+def _split(
+    transformer: nn.Module,
+    row: ContextPlan,
+    groups: Groups,
+    config: ParallelismConfig,
+    undo: list[Callable[[], None]],
+) -> None:
+    assert groups.sequence is not None
+    pieces = Pieces(groups.sequence)
+    undo.append(hook_plan(transformer, row.plan, pieces))
+    modules = attention_modules(transformer, row)
+    attention = SequenceAttention(groups, config, pieces, config.attention_backend or _backend_of(modules))
+    undo.append(parallelise_attention(modules, attention))
+
+
+def _backend_of(modules: Sequence[Any]) -> str | None:
+    """The backend that was set on a model's processors, if any."""
+    backends = [getattr(module.processor, "_attention_backend", None) for module in modules]
+    return next((str(getattr(backend, "value", backend)) for backend in backends if backend is not None), None)
+
+
+def _unwind(undo: list[Callable[[], None]]) -> None:
+    while undo:
+        undo.pop()()
+
+
+def disable_parallelism(transformer: nn.Module) -> None:
+    """Take it off; nothing happens where it is not on. Weights that were cut for tensor parallelism stay cut."""
+    parallel = vars(transformer).pop(_ATTRIBUTE, None)
+    if parallel is not None:
+        parallel.undo()
+
+
+def sequence_group(transformer: nn.Module) -> dist.ProcessGroup | None:
+    """The ranks that hold the pieces of a transformer's sequences, whose sums count together."""
+    parallel = vars(transformer).get(_ATTRIBUTE)
+    return None if parallel is None else parallel.groups.sequence

@@ -1,0 +1,137 @@
+"""How diffusers' attention modules get to run over all ranks' tokens."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .attention import SequenceAttention
+
+__all__ = ["parallelise_attention"]
+
+
+def parallelise_attention(modules: Sequence[nn.Module], attention: SequenceAttention) -> Callable[[], None]:
+    """Have attention modules of diffusers run over all ranks' tokens; returns what undoes it.
+
+    Processors that call diffusers' attention dispatcher get a backend and a configuration of it. The others call
+    ``scaled_dot_product_attention`` themselves: theirs is intercepted, within their own calls only.
+
+    Args:
+        modules: Attention modules with a ``processor``.
+        attention: What they run.
+    """
+    changed: list[tuple[Any, dict[str, Any], type]] = []
+    for processor in {id(module.processor): module.processor for module in modules}.values():
+        changed.append((processor, dict(vars(processor)), processor.__class__))
+        if hasattr(processor, "_parallel_config"):
+            vars(processor).update(_parallel_config=attention, _attention_backend=_backend(attention.backend))
+        else:
+            processor.__class__ = _intercepting(processor.__class__, attention)
+
+    def undo() -> None:
+        for processor, before, cls in changed:
+            processor.__class__ = cls
+            for name in ("_parallel_config", "_attention_backend"):
+                vars(processor).pop(name, None)
+                if name in before:
+                    vars(processor)[name] = before[name]
+
+    return undo
+
+
+@functools.cache
+def _backend(local_backend: str | None) -> Any:
+    """Our entry in diffusers' registry of attention backends. It is known by the object alone, not by its name.
+
+    Args:
+        local_backend: The backend for what is left to one rank; None for the active one.
+    """
+    from diffusers.models.attention_dispatch import (
+        AttentionBackendName,
+        _AttentionBackendRegistry,
+        dispatch_attention_fn,
+    )
+
+    name = str.__new__(AttentionBackendName, "cachedit")
+    name._name_ = name._value_ = f"cachedit_sequence_parallel_{local_backend}"
+    backend = None if local_backend is None else AttentionBackendName(local_backend)
+
+    @_AttentionBackendRegistry.register(name)
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        _parallel_config: SequenceAttention | None = None,
+    ) -> Tensor:
+        def local(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            return dispatch_attention_fn(q, k, v, mask, dropout_p, is_causal, scale, enable_gqa, backend=backend)
+
+        if _parallel_config is None:  # a processor's cross-attention over tokens that every rank has
+            return local(query, key, value, attn_mask)
+        _check_causal(is_causal)
+        return _parallel_config(query, _all_heads(key, query), _all_heads(value, query), attn_mask, local, scale)
+
+    return name
+
+
+def _intercepting(original: type, attention: SequenceAttention) -> type:
+    @functools.wraps(original.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _Interception(attention):
+            return original.__call__(self, *args, **kwargs)
+
+    return type(original.__name__, (original,), {"__call__": call, "_cachedit_attention": attention})
+
+
+class _Interception(TorchFunctionMode):
+    """Inside, ``scaled_dot_product_attention`` runs over all ranks' tokens."""
+
+    def __init__(self, attention: SequenceAttention):
+        super().__init__()
+        self.attention = attention
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return self._attend(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        def local(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, scale=scale).transpose(1, 2)
+
+        _check_causal(is_causal)
+        query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # [B, L, H, D]
+        key, value = _all_heads(key, query), _all_heads(value, query)
+        return self.attention(query, key, value, attn_mask, local, scale).transpose(1, 2)
+
+
+def _check_causal(is_causal: bool) -> None:
+    if is_causal:
+        raise ValueError("is_causal must be False under sequence parallelism")
+
+
+def _all_heads(tensor: Tensor, query: Tensor) -> Tensor:
+    """Keys or values, repeated where several of the query's heads share one."""
+    heads, shared = query.shape[2], tensor.shape[2]
+    return tensor if heads == shared else tensor.repeat_interleave(heads // shared, dim=2)
