@@ -26,6 +26,7 @@ def parallelise_attention(modules: Sequence[nn.Module], attention: SequenceAtten
         attention: What they run.
     """
     changed: list[tuple[Any, dict[str, Any], type]] = []
+    handles = [module.register_forward_pre_hook(_Unchanged(module.processor)) for module in modules]
     for processor in {id(module.processor): module.processor for module in modules}.values():
         changed.append((processor, dict(vars(processor)), processor.__class__))
         if hasattr(processor, "_parallel_config"):
@@ -34,6 +35,8 @@ def parallelise_attention(modules: Sequence[nn.Module], attention: SequenceAtten
             processor.__class__ = _intercepting(processor.__class__, attention)
 
     def undo() -> None:
+        for handle in handles:
+            handle.remove()
         for processor, before, cls in changed:
             processor.__class__ = cls
             for name in ("_parallel_config", "_attention_backend"):
@@ -42,6 +45,21 @@ def parallelise_attention(modules: Sequence[nn.Module], attention: SequenceAtten
                     vars(processor)[name] = before[name]
 
     return undo
+
+
+class _Unchanged:
+    """A processor that is put in place of the one that was made parallel would attend over this rank's tokens alone."""
+
+    def __init__(self, processor: Any):
+        self.processor = processor
+
+    def __call__(self, module: Any, args: Any) -> None:
+        if module.processor is not self.processor:
+            raise RuntimeError(
+                f"attention is sequence-parallel here, and its processor was replaced by a "
+                f"{type(module.processor).__name__}: enable parallelism after processors are set; pipelines that set "
+                "their own while they run (perturbed-attention guidance) cannot be split over a sequence"
+            )
 
 
 @functools.cache
