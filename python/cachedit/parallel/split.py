@@ -46,6 +46,11 @@ class Pieces:
         self.streams: dict[str, tuple[int, ...]] = {}  # what was split, and how long each rank's piece is
         self.masks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by id: as given, and as attention takes it
 
+    @property
+    def empty(self) -> bool:
+        """Whether this rank has no token of some sequence."""
+        return any(sizes[self.mine] == 0 for sizes in self.streams.values())
+
     def split(self, tensor: torch.Tensor, dim: int, name: str | None = None) -> torch.Tensor:
         """This rank's piece. ``name`` is given for what attention may run over."""
         sizes = even_splits(tensor.shape[dim], self.count)
