@@ -20,6 +20,7 @@ class In:
         split_output: Diffusers' word for outputs; the place in a plan says it already.
         stream: Whether attention runs over it. By default it does if it is an input of features,
             [batch, tokens, channels].
+        joined: It goes with the sequences that the plan says are joined, one after the other.
         valid: It is a mask [batch, tokens], and attention leaves out the tokens that it excludes.
     """
 
@@ -27,15 +28,23 @@ class In:
     expected_dims: int | None = None
     split_output: bool = False
     stream: bool | None = None
+    joined: bool = False
     valid: bool = False
 
 
 @dataclass(frozen=True)
 class Out:
-    """A tensor that is gathered, as a module's output or on its way in (see ``ContextParallelOutput``)."""
+    """A tensor that is gathered, as a module's output or on its way in (see ``ContextParallelOutput``).
+
+    Args:
+        gather_dim: Where its tokens are.
+        expected_dims: As in ``In``.
+        joined: It is made of the sequences that the plan says are joined; they are gathered one after the other.
+    """
 
     gather_dim: int
     expected_dims: int | None = None
+    joined: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ class Tokens:
     """A parameter that is a number of tokens, the first ones of a stream: the module gets how many of them are here.
 
     Args:
-        stream: Which: the path of the module where it is split, a dot, and the parameter's name or output's index.
+        stream: Which: the key in the plan where it is split, a dot, and the parameter's name or output's index.
         last: They are the last ones.
     """
 

@@ -20,12 +20,12 @@ FLUX_INPUTS = {
     "img_ids": In(-2, stream=False),
     "txt_ids": In(-2, stream=False),
 }
+BLOCK_INPUTS = {"hidden_states": TOKENS, "encoder_hidden_states": TOKENS}
 FLUX_JOINED = (".encoder_hidden_states", ".hidden_states")
 
 
-def _pieces_from_blocks(first: str = "transformer_blocks.0", **more: Any) -> dict[str, Any]:
-    """Image and text are split on their way into the first block, and the image is gathered after the last layer."""
-    return {first: {"hidden_states": TOKENS, "encoder_hidden_states": TOKENS, **more}, "proj_out": GATHERED}
+# Image and text are split on their way into the first block, and the image is gathered after the last layer.
+FROM_FIRST_BLOCK: dict[str, Any] = {"transformer_blocks.0": BLOCK_INPUTS, "proj_out": GATHERED}
 
 
 FIRST_BLOCK = ("transformer_blocks.0.hidden_states", "transformer_blocks.0.encoder_hidden_states")
@@ -58,14 +58,14 @@ PLANS: dict[str, ContextPlan] = {
     "QwenImageTransformer2DModel": ContextPlan(
         {
             "": {"controlnet_block_samples": RESIDUALS},
-            **_pieces_from_blocks(),
+            **FROM_FIRST_BLOCK,
             "transformer_blocks.*": {"encoder_hidden_states_mask": In(1, 2), "modulate_index": In(1, 2)},
             "pos_embed": ROPE,
         }
     ),
     "QwenImageControlNetModel": ContextPlan(
         {
-            "transformer_blocks.0": {"hidden_states": TOKENS, "encoder_hidden_states": TOKENS},
+            "transformer_blocks.0": BLOCK_INPUTS,
             "transformer_blocks.*": {"encoder_hidden_states_mask": In(1, 2)},
             "pos_embed": ROPE,
             "controlnet_blocks.*": GATHERED,
@@ -82,9 +82,7 @@ PLANS: dict[str, ContextPlan] = {
     ),
     # What a layer gives for the next one, it gives for the transformer too: it is gathered each time.
     "ZImageControlNetModel": ContextPlan(
-        {
-            "control_layers.*": {"c": In(-2), "x": TOKENS, "freqs_cis": In(1, stream=False), 0: Out(-2)},
-        },
+        {"control_layers.*": {"c": In(-2), "x": In(1, stream=False), "freqs_cis": In(1, stream=False), 0: Out(-2)}},
         attention=("control_layers",),
     ),
     # Skip-layer guidance leaves blocks out: pieces begin before them.
@@ -101,55 +99,71 @@ PLANS: dict[str, ContextPlan] = {
         {"transformer_blocks.0": {"hidden_states": TOKENS}, "proj_out": GATHERED},
         attention=("transformer_blocks.*.attn1",),
     ),
-    "CogView3PlusTransformer2DModel": ContextPlan(_pieces_from_blocks()),
-    "CogView4Transformer2DModel": ContextPlan({"rope": ROPE, **_pieces_from_blocks()}),
-    "GlmImageTransformer2DModel": ContextPlan({"rope": ROPE, **_pieces_from_blocks()}),
-    "CogVideoXTransformer3DModel": ContextPlan({"": {"image_rotary_emb": In(0, 2)}, **_pieces_from_blocks()}),
+    "CogView3PlusTransformer2DModel": ContextPlan(FROM_FIRST_BLOCK),
+    "CogView4Transformer2DModel": ContextPlan({"rope": ROPE, **FROM_FIRST_BLOCK}),
+    "GlmImageTransformer2DModel": ContextPlan({"rope": ROPE, **FROM_FIRST_BLOCK}),
+    "CogVideoXTransformer3DModel": ContextPlan({"": {"image_rotary_emb": In(0, 2)}, **FROM_FIRST_BLOCK}),
     "ConsisIDTransformer3DModel": ContextPlan(
         {
             "": {"image_rotary_emb": In(0, 2)},
-            "transformer_blocks.0": {"hidden_states": TOKENS, "encoder_hidden_states": TOKENS},
-            "norm_final": {"input": GATHERED},  # of both streams, which the model then tells apart by the text's length
+            "transformer_blocks.0": BLOCK_INPUTS,
+            "norm_final": {
+                "input": Out(1, joined=True)
+            },  # of both streams, which the model then tells apart by the text's length
         },
         joined=FIRST_BLOCK[::-1],
     ),
-    "HunyuanImageTransformer2DModel": ContextPlan({"rope": ROPE, **_pieces_from_blocks()}, joined=FIRST_BLOCK),
+    "HunyuanImageTransformer2DModel": ContextPlan({"rope": ROPE, **FROM_FIRST_BLOCK}, joined=FIRST_BLOCK),
     "HunyuanVideoTransformer3DModel": ContextPlan(
         {
             "rope": ROPE,
-            **_pieces_from_blocks(),
+            **FROM_FIRST_BLOCK,
             "transformer_blocks.*": {"num_tokens": Tokens(FIRST_BLOCK[0])},
             "single_transformer_blocks.*": {"num_tokens": Tokens(FIRST_BLOCK[0])},
         },
         joined=FIRST_BLOCK,
     ),
     "HunyuanVideo15Transformer3DModel": ContextPlan(
-        {"rope": ROPE, **_pieces_from_blocks(), "transformer_blocks.*": {"attention_mask": In(1, 2)}}
+        {"rope": ROPE, **FROM_FIRST_BLOCK, "transformer_blocks.*": {"attention_mask": In(1, 2)}}
     ),
     # The last tokens are taken after the last block, by their number: each block is given all, and gives all.
     "HunyuanVideoFramepackTransformer3DModel": ContextPlan(
         {
-            "transformer_blocks.*": {
-                "hidden_states": TOKENS,
-                "encoder_hidden_states": TOKENS,
-                "freqs_cis": In(0, 2),
-                0: GATHERED,
-                1: GATHERED,
-            },
+            "transformer_blocks.*": {**BLOCK_INPUTS, "freqs_cis": In(0, 2), 0: GATHERED, 1: GATHERED},
             "single_transformer_blocks.*": {
-                "hidden_states": TOKENS,
-                "encoder_hidden_states": TOKENS,
+                "hidden_states": In(1, stream=False),
+                "encoder_hidden_states": In(1, stream=False),
                 "image_rotary_emb": In(0, 2),
                 0: GATHERED,
                 1: GATHERED,
             },
         },
         attention=("transformer_blocks", "single_transformer_blocks"),
-        joined=FIRST_BLOCK,
+        joined=("transformer_blocks.*.hidden_states", "transformer_blocks.*.encoder_hidden_states"),
+    ),
+    # Each block's text is joined with that of a layer of the text encoder, which is cut off after it.
+    "HiDreamImageTransformer2DModel": ContextPlan(
+        {
+            "double_stream_blocks.*": {
+                **BLOCK_INPUTS,
+                "hidden_states_masks": In(1, 2),
+                "image_rotary_emb": In(1, joined=True),
+                0: GATHERED,
+                1: GATHERED,
+            },
+            "single_stream_blocks.*": {
+                "hidden_states": TOKENS,
+                "hidden_states_masks": In(1, 2),
+                "image_rotary_emb": In(1, stream=False),
+                0: GATHERED,
+            },
+        },
+        attention=("double_stream_blocks", "single_stream_blocks"),
+        joined=("double_stream_blocks.*.hidden_states", "double_stream_blocks.*.encoder_hidden_states"),
     ),
     "MochiTransformer3DModel": ContextPlan(
         {
-            "transformer_blocks.0": {"hidden_states": TOKENS, "encoder_hidden_states": TOKENS},
+            "transformer_blocks.0": BLOCK_INPUTS,
             "transformer_blocks.*": {"encoder_attention_mask": In(1, 2, valid=True), "image_rotary_emb": In(0, 3)},
             "proj_out": GATHERED,
         }

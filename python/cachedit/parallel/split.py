@@ -8,7 +8,7 @@ that other ranks have in attention follow from the lengths that were split: noth
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import combinations
 from typing import Any
@@ -66,6 +66,9 @@ class Pieces:
 
     def note_valid(self, mask: torch.Tensor, name: str) -> None:
         """Attention will leave out what a mask [batch, tokens] excludes, one sample at a time."""
+        if id(mask) in self.masks:  # another block has had the same
+            return
+        self.masks[id(mask)] = mask, mask
         parts = mask.bool().split(even_splits(mask.shape[1], self.count), dim=1)
         for sample, sizes in enumerate(torch.stack([part.sum(1) for part in parts], 1).tolist()):
             self.streams[f"{name}[{sample}]"] = tuple(sizes)
@@ -92,11 +95,11 @@ class Pieces:
         dist.all_gather_object(everyone, length, group=self.group)
         return tuple(everyone)
 
-    def gather(self, tensor: torch.Tensor, dim: int, sizes: Sequence[int] | None = None) -> torch.Tensor:
-        """The whole of what each rank has a piece of, in one collective. Joined sequences come one after the other."""
-        sizes = self.lengths(tensor.shape[dim]) if sizes is None else tuple(sizes)
+    def gather(self, tensor: torch.Tensor, dim: int, joined: bool = False) -> torch.Tensor:
+        """The whole of what each rank has a piece of, in one collective; joined sequences one after the other."""
+        sizes = self.lengths(tensor.shape[dim])
         whole = self._in_pieces(tensor, dim, sizes)
-        order = self._order(sizes, tensor.device)
+        order = self._order(sizes, tensor.device) if joined else None
         return whole if order is None else whole.index_select(dim, order.argsort())
 
     def _in_pieces(self, tensor: torch.Tensor, dim: int, sizes: tuple[int, ...]) -> torch.Tensor:
@@ -118,8 +121,18 @@ class Pieces:
         streams = [self.streams[name] for name in self.joined if name in self.streams]
         if len(streams) < 2 or tuple(map(sum, zip(*streams, strict=True))) != sizes:
             return None
-        tokens = torch.arange(sum(sizes), device=device).split([size for stream in streams for size in stream])
-        return torch.cat([piece for rank in range(self.count) for piece in tokens[rank :: self.count]])
+        return torch.cat([token for rank in self._tokens(streams, device) for token in rank])
+
+    def _tokens(self, streams: list[tuple[int, ...]], device: torch.device) -> list[tuple[torch.Tensor, ...]]:
+        """By rank: where its pieces are in joined sequences, one after the other."""
+        sizes = [size for stream in streams for size in stream]
+        places = torch.arange(sum(sizes), device=device).split(sizes)
+        return [places[rank :: self.count] for rank in range(self.count)]
+
+    def split_joined(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """This rank's pieces of what goes with joined sequences, one after the other."""
+        streams = [self.streams[name] for name in self.joined]
+        return tensor.index_select(dim, torch.cat(self._tokens(streams, tensor.device)[self.mine]))
 
     def mask(self, mask: torch.Tensor, rows: tuple[int, ...], columns: tuple[int, ...]) -> torch.Tensor:
         """A mask over all ranks' tokens, one rank's piece after the other; made once for one tensor in a forward.
@@ -177,7 +190,7 @@ class _Split:
 
     Args:
         module: The module.
-        name: What errors and ``Pieces`` call it.
+        name: Its key in the plan.
         entries: By the name of a parameter, or by the index of an output: how it is split (``ContextParallelInput``)
             or gathered (``ContextParallelOutput``), or a number of tokens (``Tokens``).
     """
@@ -229,7 +242,9 @@ class _Split:
         if not isinstance(value, torch.Tensor) or value.dim() != (getattr(entry, "expected_dims", 0) or value.dim()):
             return value
         if hasattr(entry, "gather_dim"):
-            return self.pieces.gather(value, entry.gather_dim)
+            return self.pieces.gather(value, entry.gather_dim, getattr(entry, "joined", False))
+        if getattr(entry, "joined", False):
+            return self.pieces.split_joined(value, entry.split_dim)
         if getattr(entry, "valid", False):
             self.pieces.note_valid(value, f"{self.name}.{name}")
         stream = getattr(entry, "stream", None)
@@ -249,7 +264,7 @@ def hook_plan(root: nn.Module, plan: dict[str, Any], pieces: Pieces) -> Callable
         entries = given
         if not isinstance(given, dict):
             entries = dict(enumerate(given if isinstance(given, (list, tuple)) else [given]))
-        hooks += [(module, _Split(pieces, module, path, entries)) for path, module in _modules(root, name)]
+        hooks += [(module, _Split(pieces, module, name, entries)) for module in _modules(root, name)]
     handles: list[RemovableHandle] = [root.register_forward_pre_hook(lambda *_: pieces.forget())]
     marked = []
     for module, hook in hooks:
@@ -271,15 +286,13 @@ def hook_plan(root: nn.Module, plan: dict[str, Any], pieces: Pieces) -> Callable
     return undo
 
 
-def _modules(root: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
+def _modules(root: nn.Module, name: str) -> list[nn.Module]:
     """The modules that a plan's key means; ``blocks.*`` are all blocks, ``blocks.*.attn`` a part of each."""
     before, star, after = name.partition("*")
     try:
         if not star:
-            return [(name, root.get_submodule(name))]
-        return [
-            (f"{before}{child}{after}", root.get_submodule(f"{before}{child}{after}"))
-            for child, _ in root.get_submodule(before.rstrip(".")).named_children()
-        ]
+            return [root.get_submodule(name)]
+        children = root.get_submodule(before.rstrip(".")).named_children()
+        return [root.get_submodule(f"{before}{child}{after}") for child, _ in children]
     except AttributeError as error:
         raise ValueError(f"cp_plan: {type(root).__name__} has no module {name!r}") from error
