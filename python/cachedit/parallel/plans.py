@@ -5,6 +5,7 @@ Diffusers says it for some models; the rows here are for others. A row is data: 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -14,7 +15,8 @@ from ..models import find_entry
 __all__ = ["PLANS", "ContextPlan", "find_plan"]
 
 
-class In(NamedTuple):
+@dataclass(frozen=True)
+class In:
     """A tensor that is split (has the fields of diffusers' ``ContextParallelInput``)."""
 
     split_dim: int
@@ -22,7 +24,8 @@ class In(NamedTuple):
     split_output: bool = False
 
 
-class Out(NamedTuple):
+@dataclass(frozen=True)
+class Out:
     """A tensor that is gathered (has the fields of diffusers' ``ContextParallelOutput``)."""
 
     gather_dim: int
