@@ -244,15 +244,9 @@ def _check_covered(name: str, module: nn.Module, known: Iterable[nn.Module]) -> 
 
 def _check_state(transformer: nn.Module, size: int) -> None:
     """That the modules are the model's own, as they were loaded."""
-    from diffusers import TensorParallelConfig
-    from diffusers.hooks.tensor_parallel import _check_tp_supported, _is_tensor_parallel
-
-    if _is_tensor_parallel(transformer):
-        raise ValueError(f"transformer: this {type(transformer).__name__} is sharded already")
-    plan = getattr(transformer, "_tp_plan", None)
-    heads = None if plan is None else getattr(transformer.config, "num_attention_heads", None)
-    config = TensorParallelConfig(tp_degree=size)
-    _check_tp_supported(type(transformer).__name__, plan or {}, heads, config, model=transformer)
+    own = getattr(transformer, "_tp_plan", None)
+    heads = None if own is None else getattr(transformer.config, "num_attention_heads", None)
+    check_modules(transformer, own or {}, size, heads)
     for name, module in transformer.named_modules():
         if getattr(module, "fused_projections", False):
             raise ValueError(f"{name}: fused projections can't be sharded, call unfuse_qkv_projections() before")
@@ -261,16 +255,30 @@ def _check_state(transformer: nn.Module, size: int) -> None:
             raise ValueError(f"{name}: its processor {type(processor).__name__} has weights (IP-Adapter): remove them")
 
 
+def check_modules(model: nn.Module, plan: dict[str, Any], size: int, heads: int | None = None) -> None:
+    """diffusers' own refusals, which go for transformers' models as well: quantised, offloaded, adapters, heads."""
+    from diffusers import TensorParallelConfig
+    from diffusers.hooks.tensor_parallel import _check_tp_supported
+
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ValueError(f"this {type(model).__name__} is sharded already")
+    _check_tp_supported(type(model).__name__, plan, heads, TensorParallelConfig(tp_degree=size), model=model)
+
+
+def check_weight(name: str, weight: Tensor) -> None:
+    """That a parameter can be cut: no quantised ones."""
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        raise ValueError(
+            f"{name}: expected a plain floating-point parameter, got a {type(weight).__name__} of {weight.dtype}; "
+            "quantised weights can't be sharded"
+        )
+
+
 def _check_weights(transformer: nn.Module, size: int, sharding: Sharding) -> None:
     from diffusers.hooks.tensor_parallel import resolve_tp_shard_specs
 
     for name in resolve_tp_shard_specs(transformer, sharding.linears, size):
-        weight = transformer.get_parameter(name)
-        if type(weight) is not nn.Parameter or not weight.is_floating_point():
-            raise ValueError(
-                f"{name}: expected a plain floating-point parameter, got a {type(weight).__name__} of {weight.dtype}: "
-                "weights that are quantised or sharded already can't be sharded"
-            )
+        check_weight(name, transformer.get_parameter(name))
 
 
 def _check_counts(size: int, sharding: Sharding) -> None:

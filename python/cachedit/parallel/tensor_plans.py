@@ -1,4 +1,4 @@
-"""Tensor-parallel plans, per transformer class: which modules of a block are sharded, and as what.
+"""Tensor-parallel plans, per class of transformers and text encoders: which modules are sharded, and as what.
 
 Classes with a plan of diffusers' own (FLUX, FLUX.2, Qwen-Image) have no row here. Patterns are those of diffusers'
 plans, ``*`` is any index of a list; a module that a block does not have is passed over. Kinds, in place of a style per
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["KINDS", "PLANS", "SHARES", "TensorPlan"]
+__all__ = ["ENCODER_PLANS", "ENCODER_SHARES", "KINDS", "PLANS", "SHARES", "TensorPlan"]
 
 # The linear layers of each kind, by every name that diffusers' blocks have for them: those that are split by their
 # outputs, then those that are split by their inputs.
@@ -116,3 +116,40 @@ VIDEO = {
 }
 
 PLANS: dict[str, TensorPlan] = IMAGE | VIDEO
+
+
+# Text encoders that transformers has no plan for, in its format.
+_T5_LAYER = "encoder.block.*.layer"
+_T5 = {
+    "shared": "embedding_rowwise",
+    "encoder.embed_tokens": "embedding_rowwise",
+    f"{_T5_LAYER}.0.SelfAttention.q": "colwise",
+    f"{_T5_LAYER}.0.SelfAttention.k": "colwise",
+    f"{_T5_LAYER}.0.SelfAttention.v": "colwise",
+    f"{_T5_LAYER}.0.SelfAttention.o": "rowwise",
+    f"{_T5_LAYER}.0.SelfAttention.relative_attention_bias": "embedding_colwise",
+    f"{_T5_LAYER}.1.DenseReluDense.wi": "colwise",
+    f"{_T5_LAYER}.1.DenseReluDense.wi_0": "colwise",
+    f"{_T5_LAYER}.1.DenseReluDense.wi_1": "colwise",
+    f"{_T5_LAYER}.1.DenseReluDense.wo": "rowwise",
+}
+_QWEN3_VL_LAYER = "model.language_model.layers.*"
+_QWEN3_VL = {
+    "lm_head": "colwise_gather_output",
+    "model.language_model.embed_tokens": "embedding_rowwise",
+    f"{_QWEN3_VL_LAYER}.self_attn.q_proj": "colwise",
+    f"{_QWEN3_VL_LAYER}.self_attn.k_proj": "colwise",
+    f"{_QWEN3_VL_LAYER}.self_attn.v_proj": "colwise",
+    f"{_QWEN3_VL_LAYER}.self_attn.o_proj": "rowwise",
+    f"{_QWEN3_VL_LAYER}.mlp.gate_proj": "colwise",
+    f"{_QWEN3_VL_LAYER}.mlp.up_proj": "colwise",
+    f"{_QWEN3_VL_LAYER}.mlp.down_proj": "rowwise",
+}
+
+ENCODER_PLANS: dict[str, dict[str, str]] = {
+    "Qwen3VLForConditionalGeneration": _QWEN3_VL,
+    "T5EncoderModel": _T5,
+    "UMT5EncoderModel": _T5,
+}
+# Classes of modules, and their numbers that become a rank's share.
+ENCODER_SHARES = {"T5Attention": ("n_heads", "inner_dim"), "UMT5Attention": ("n_heads", "inner_dim")}
