@@ -80,7 +80,7 @@ def test_what_it_says_of_itself():
 
 def test_without_a_process_group():
     model = torch.nn.Linear(2, 2)
-    with pytest.raises(RuntimeError, match="torch.distributed is not initialised; launch with torchrun"):
+    with pytest.raises(RuntimeError, match=r"torch\.distributed is not initialised; launch with torchrun"):
         cachedit.enable_cache(model, parallelism_config=ParallelismConfig(ulysses_size=2))
     with pytest.raises(TypeError, match="parallelism_config must be a ParallelismConfig, got dict"):
         cachedit.enable_cache(model, parallelism_config={"ulysses_size": 2})
