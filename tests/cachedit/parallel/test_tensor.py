@@ -169,7 +169,7 @@ def reused_steps(tiny: Tiny) -> list[list[bool]]:
 
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[str, Any]]:
-    results = run_ranks(rank_of_families, 2, FAMILIES)
+    results = run_ranks(rank_of_families, 2, FAMILIES, seconds=240)
     assert all(isinstance(result, dict) for result in results), results
     return results
 
