@@ -127,7 +127,7 @@ _T5 = {
     f"{_T5_LAYER}.0.SelfAttention.k": "colwise",
     f"{_T5_LAYER}.0.SelfAttention.v": "colwise",
     f"{_T5_LAYER}.0.SelfAttention.o": "rowwise",
-    f"{_T5_LAYER}.0.SelfAttention.relative_attention_bias": "embedding_colwise",
+    f"{_T5_LAYER}.0.SelfAttention.relative_attention_bias": "colwise",  # a column per head
     f"{_T5_LAYER}.1.DenseReluDense.wi": "colwise",
     f"{_T5_LAYER}.1.DenseReluDense.wi_0": "colwise",
     f"{_T5_LAYER}.1.DenseReluDense.wi_1": "colwise",

@@ -17,19 +17,18 @@ from .tensor_plans import ENCODER_PLANS, ENCODER_SHARES
 
 __all__ = ["check_text_encoder", "shard_text_encoder"]
 
-# transformers' names of styles, in torch's terms; None for what stays whole.
-STYLES: dict[str, Callable[[], Any] | None] = {
+# transformers' names of styles, in torch's terms, and those for what stays whole.
+STYLES: dict[str, Callable[[], Any]] = {
     "colwise": ColwiseParallel,
     "colwise_gather_output": lambda: ColwiseParallel(output_layouts=Replicate()),
     "colwise_rep": lambda: ColwiseParallel(output_layouts=Replicate()),
-    "embedding_colwise": ColwiseParallel,
+    "embedding_colwise": lambda: ColwiseParallel(output_layouts=Replicate()),
     "embedding_rowwise": lambda: RowwiseParallel(input_layouts=Replicate()),
-    "replicate": None,
-    "replicated_with_grad_allreduce": None,
     "rowwise": RowwiseParallel,
     "rowwise_rep": lambda: RowwiseParallel(input_layouts=Replicate()),
     "rowwise_split_input": lambda: RowwiseParallel(input_layouts=Replicate()),
 }
+WHOLE = {"replicate", "replicated_with_grad_allreduce"}
 
 
 def check_text_encoder(encoder: nn.Module, size: int) -> None:
@@ -45,8 +44,8 @@ def check_text_encoder(encoder: nn.Module, size: int) -> None:
     for name, style in _plan_of(encoder).items():
         module: Any = encoder.get_submodule(name)
         check_weight(f"{name}.weight", module.weight)
-        if style in ("colwise", "rowwise"):
-            _check_width(encoder, name, module.weight.shape[0 if style == "colwise" else 1], size)
+        if style in ("colwise", "rowwise") and isinstance(module, nn.Linear):
+            _check_width(encoder, name, module.out_features if style == "colwise" else module.in_features, size)
     for module, attribute in _shares(encoder):
         if getattr(module, attribute) % size:
             raise ValueError(
@@ -72,9 +71,7 @@ def shard_text_encoder(encoder: nn.Module, mesh: DeviceMesh) -> None:
         return
     plan, shares, tied = _plan_of(encoder), _shares(encoder), _tied(encoder)
     for name, style in plan.items():
-        make = STYLES[style]
-        if make is not None:
-            parallelize_module(encoder.get_submodule(name), mesh, make(), src_data_rank=None)
+        parallelize_module(encoder.get_submodule(name), mesh, STYLES[style](), src_data_rank=None)
     for names in tied:
         _tie(encoder, names)
     for module, attribute in shares:
@@ -82,20 +79,21 @@ def shard_text_encoder(encoder: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def _plan_of(encoder: Any) -> dict[str, str]:
-    """Names of modules, and their style."""
+    """Names of modules, and their style; without those that stay whole."""
     rows = [ENCODER_PLANS[cls.__name__] for cls in type(encoder).__mro__ if cls.__name__ in ENCODER_PLANS]
     patterns: dict[str, str] = rows[0] if rows else getattr(encoder, "_tp_plan", None) or {}
     if "colwise" not in patterns.values():  # of a plan for the output head alone, nothing is worth it
         raise ValueError(
             f"encoder: neither transformers nor cachedit has a tensor-parallel plan for {type(encoder).__name__}"
         )
-    unknown = sorted(set(patterns.values()) - STYLES.keys())
+    unknown = sorted(set(patterns.values()) - STYLES.keys() - WHOLE)
     if unknown:
         raise ValueError(f"encoder: the plan of {type(encoder).__name__} has styles that are not known here: {unknown}")
     modules = [name for name, _ in encoder.named_modules()]
     return {
         name: style
         for pattern, style in patterns.items()
+        if style not in WHOLE
         for name in modules
         if re.fullmatch(re.escape(pattern).replace(r"\*", r"\d+"), name)
     }

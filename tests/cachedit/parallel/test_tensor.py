@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import traceback
 from collections import Counter
 from typing import Any
@@ -16,6 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import cachedit
+from cachedit import DBCacheConfig
 from cachedit.models import find_entry, find_transformers
 from cachedit.parallel.tensor import check_tensor_parallel, shard_transformer
 from pipelines import Tiny, build
@@ -108,8 +111,14 @@ class Collectives(TorchDispatchMode):
 
 
 def rank_of_families(names: list[str]) -> dict[str, Any]:
-    mesh = init_device_mesh("cpu", (2,))
-    return {name: attempt(compare, name, mesh) for name in names}
+    plane = init_device_mesh("cpu", (1, 2), mesh_dim_names=("other", "tensor"))
+    results = {name: attempt(compare, name, plane["tensor"]) for name in names}
+    results["cached"] = attempt(compare_cached, plane["tensor"])
+    results["plane"] = attempt(shard_transformer, transformer_of("FluxPipeline"), plane)
+    wan = transformer_of("WanPipeline")
+    shard_transformer(wan, plane["tensor"])
+    results["adapter"] = attempt(wan.load_lora_adapter, {})
+    return results
 
 
 def attempt(function, *args: Any) -> Any:
@@ -140,9 +149,27 @@ def compare(name: str, mesh: DeviceMesh) -> dict[str, Any]:
     }
 
 
+def compare_cached(mesh: DeviceMesh) -> dict[str, Any]:
+    """The same with a cache: error, and what was reused, before sharding and after."""
+    tiny = build_shardable("WanPipeline")
+    config = DBCacheConfig(Fn_compute_blocks=1, residual_diff_threshold=0.08, max_warmup_steps=2)
+    cachedit.enable_cache(tiny.pipe, config)
+    expected, reused = tiny(8), reused_steps(tiny)
+    cachedit.disable_cache(tiny.pipe)
+    shard_transformer(tiny.pipe.transformer, mesh)
+    cachedit.enable_cache(tiny.pipe, config)
+    error = float((tiny(8) - expected).abs().max() / expected.abs().max())
+    return {"error": error, "reused": [reused, reused_steps(tiny)]}
+
+
+def reused_steps(tiny: Tiny) -> list[list[bool]]:
+    (stats,) = cachedit.summary(tiny.pipe, logging=False)
+    return [[record.reused for record in branch.records] for branch in stats.branches.values()]
+
+
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[str, Any]]:
-    results = run_ranks(rank_of_families, 2, FAMILIES)
+    results = run_ranks(rank_of_families, 2, FAMILIES, seconds=240)
     assert all(isinstance(result, dict) for result in results), results
     return results
 
@@ -172,10 +199,28 @@ def test_collectives(ranks, name, per_forward):
     assert ranks[0][name]["collectives"] == {"all_reduce": forwards * per_forward}
 
 
-def test_what_is_sharded_is_not_sharded_again(ranks):
-    for name in FAMILIES:
-        assert "ValueError" in ranks[0][name]["again"], ranks[0][name]["again"]
-        assert "already" in ranks[0][name]["again"]
+def test_cache_on_top(ranks):
+    """Decisions are those of one process, on every rank, and no rank asks another."""
+    for outcome in (rank["cached"] for rank in ranks):
+        assert isinstance(outcome, dict), outcome
+        before, after = outcome["reused"]
+        assert before == after
+        assert {True, False} == {reused for branch in before for reused in branch}
+        assert outcome["error"] < 1e-4
+
+
+def test_mesh_of_two_dimensions_is_refused(ranks):
+    assert "ValueError: mesh: expected one dimension" in ranks[0]["plane"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_sharded_is_not_sharded_again(ranks, name):
+    assert re.fullmatch(r"ValueError: this \w+ is sharded already", ranks[0][name]["again"])
+
+
+def test_what_is_sharded_takes_no_adapters(ranks):
+    """As diffusers has it for what it has sharded itself."""
+    assert "ValueError: 'WanTransformer3DModel' is sharded with tensor parallelism" in ranks[0]["adapter"]
 
 
 def untouched(transformer: Any) -> list[Any]:
