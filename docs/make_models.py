@@ -1,32 +1,32 @@
-"""Writes docs/models.md, the table of all models and pipelines that have been tried.
+"""Writes docs/models.md, the support matrix.
 
-PYTHONPATH=tests/helpers python docs/make_models.py
+python docs/make_models.py
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-from cachedit.models import MODELS, SEPARATE_CFG, UNCOVERED, BlockList, find_transformers
-from pipelines import BUILDERS, Tiny, build
+from cachedit.models import UNCOVERED, matrix_rows
+from cachedit.models.matrix import TITLES
 
 PATH = Path(__file__).with_name("models.md")
 INTRODUCTION = """# Models
 
-Written by `docs/make_models.py` from the model table (`python/cachedit/models/`) and from the small pipelines that its
-rows are tried on (`tests/helpers/pipelines/`); a test fails when it is out of date. All of it works with
-`cachedit.enable_cache(pipe)`; what is not here works with a `BlockAdapter`.
+Written by `docs/make_models.py` from the tables in `python/cachedit/models/`; a test fails when it is out of date, or
+when what it calls tested is not what the tests run (`tests/helpers/pipelines/`). `cachedit models` prints it, and
+`cachedit.supported_matrix()` returns it. All of it works with `cachedit.enable_cache(pipe)`; what is not here is learnt
+from its first forward, or works with a `BlockAdapter`.
 
 ## What a row says
 
     "AuraFlowTransformer2DModel": _separate(B("joint_transformer_blocks", P1), B("single_transformer_blocks", P3)),
 
 The transformer's block lists in calling order, each with its forward pattern, and whether they share a decision. Lists
-that carry the same streams do (*linked*: a reused step skips the later lists whole). Where streams are joined or split
-between two lists, each decides for itself. Blocks that call their streams otherwise than `hidden_states` and
-`encoder_hidden_states` have the names in the row.
+that carry the same streams do (*linked*, `+` below: a reused step skips the later lists whole). Where streams are
+joined or split between two lists (`;` below), each decides for itself. Blocks that call their streams otherwise than
+`hidden_states` and `encoder_hidden_states` have the names in the row.
 
 What a loop does between the calls of its blocks needs no row: what ControlNets, face adapters and per-block text add
 is part of the stored residual while it falls into the body, and is added as ever after it. HunyuanDiT's long skip
@@ -36,7 +36,8 @@ connections reach from the first blocks to the last: with it, `Bn_compute_blocks
 ## Guidance
 
 *One batch*: all branches in one call. *Named*: one call per branch, inside of `cache_context(name)`. *In turn*: one
-call per branch, told apart by their order; a request without guidance is known by its second timestep.
+call per branch, told apart by their order; a request without guidance is known by its second timestep. *None*: there is
+only one branch.
 
 ## Adding a model
 
@@ -52,46 +53,24 @@ call per branch, told apart by their order; a request without guidance is known 
 
 def render() -> str:
     """The text of docs/models.md."""
-    rows = [row(name, build(name)) for name in sorted(BUILDERS, key=str.lower)]
+    rows = list(matrix_rows())
+    tested = sum(row.pipeline != "" and row.tested == "yes" for row in rows)
     parts = [
         INTRODUCTION,
-        f"## Pipelines\n\n{len({row[0] for row in rows})} classes.\n",
-        *lines(("pipeline", "variant", "transformer", "guidance"), rows),
-        "\n## Transformers\n",
-        *lines(("transformer", "block lists", "decisions"), sorted(transformers())),
+        f"## Pipelines\n\n{tested} classes are tested.\n",
+        *lines(TITLES, ((code(row.pipeline), code(row.transformer), *row[2:]) for row in rows)),
         "\n## Not in the table\n",
-        *lines(("transformer", "reason"), sorted((f"`{name}`", reason) for name, reason in UNCOVERED.items())),
+        *lines(("transformer", "reason"), sorted((code(name), reason) for name, reason in UNCOVERED.items())),
     ]
     return "\n".join(parts) + "\n"
 
 
-def row(name: str, tiny: Tiny) -> tuple[str, ...]:
-    """One pipeline."""
-    pipeline, _, variant = name.partition(" + ")
-    classes = sorted({type(module).__name__ for module in find_transformers(tiny.pipe)})
-    if tiny.branches > 1:
-        guidance = "in turn" if pipeline in SEPARATE_CFG else "named"
-    else:
-        guidance = "one batch" if tiny.guided else ""
-    return f"`{pipeline}`", variant, ", ".join(f"`{name}`" for name in classes), guidance
+def code(name: str) -> str:
+    """A name, set as code."""
+    return f"`{name}`" if name else ""
 
 
-def transformers() -> Iterator[tuple[str, ...]]:
-    """One row per transformer."""
-    for name, entry in MODELS.items():
-        blocks = [describe(item) for group in entry.sections for item in group]
-        count = len(entry.sections)
-        yield f"`{name}`", ", ".join(blocks), "linked" if count < len(blocks) else "separate" if count > 1 else ""
-
-
-def describe(item: BlockList) -> str:
-    """A block list, its pattern, and what its blocks call their streams where that is unusual."""
-    usual = BlockList(item.name, item.pattern).streams
-    names = [given for given, name in zip(item.streams, usual, strict=True) if given != name]
-    return f"`{item.name}` {item.pattern.name[-1]}" + (f" ({', '.join(names)})" if names else "")
-
-
-def lines(titles: tuple[str, ...], rows: Any) -> Iterator[str]:
+def lines(titles: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
     """A markdown table."""
     yield "| " + " | ".join(titles) + " |"
     yield "|" + "---|" * len(titles)
