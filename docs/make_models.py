@@ -41,13 +41,45 @@ only one branch.
 
 ## Adding a model
 
-1. Find the loops over block lists in the transformer's `forward`; read off the pattern from what a block takes and
-   returns (README). Do the streams go on unchanged from list to list? Then they are linked.
-2. Add the row to `python/cachedit/models/table.py`. If the pipeline calls its transformer once per branch without
-   `cache_context`, or its transformer has another name, add it to `python/cachedit/models/pipelines.py` as well.
-3. Add a builder to `tests/helpers/pipelines/`: the real pipeline with a small transformer, four blocks per list.
-4. `pytest tests/cachedit/models -k NewPipeline`: nothing reusable is the baseline bit for bit; a mask does what plain
-   forward hooks do; branches do not mix; requests of other sizes and lengths in between change nothing.
+Ten lines in three files. `InventedTransformer` is a model from elsewhere; the test that runs these very lines has it in
+`tests/helpers/invented.py`.
+
+A row in `python/cachedit/models/table.py`. Find the loops over block lists in the transformer's `forward`, and read off
+the pattern from what a block takes and returns (README): here hidden states and encoder states, of which it returns the
+first. Lists go in calling order, into `_linked(...)` if their streams go on unchanged from list to list.
+
+```python
+"InventedTransformer": _separate(B("blocks", P2)),
+```
+
+A row in `python/cachedit/models/pipelines.py`: how guidance calls the transformer. If the pipeline has it under another
+name than `transformer`, `DENOISERS` says so.
+
+```python
+"InventedPipeline": P("InventedTransformer", IN_TURN),
+```
+
+A small pipeline to try it on, in a file of `tests/helpers/pipelines/`: the real classes, random weights, four blocks
+per list, and how to call it, without and with guidance.
+
+```python
+from invented import InventedPipeline, InventedTransformer
+from pipelines.common import Tiny, builds, flow, normal
+
+
+@builds("InventedPipeline")
+def _() -> Tiny:
+    pipe = InventedPipeline(InventedTransformer(num_layers=4), flow())
+    prompt = {"prompt_embeds": normal(1, 5, 16)}
+    negative = {"negative_prompt_embeds": normal(1, 5, 16, seed=1)}
+    return Tiny(pipe, prompt, negative, branches=2)
+```
+
+Then `pytest tests/cachedit/models -k InventedPipeline` proves it: nothing reusable is the baseline bit for bit; a mask
+does what plain forward hooks do; branches do not mix; requests of other sizes and lengths in between change nothing.
+`python docs/make_models.py` adds it below.
+
+Where a loop does more than call its blocks, and what it does would be lost with them, the row names a `PatchFunctor`.
 """
 
 

@@ -1,14 +1,13 @@
 """What is known about model families: data, not code."""
 
 from .matrix import MatrixRow, describe_lists, matrix_rows
-from .pipelines import DENOISERS, PIPELINES, SEPARATE_CFG, PipelineEntry, calls_branches_in_turn, find_transformers
+from .pipelines import DENOISERS, PIPELINES, PipelineEntry, calls_branches_in_turn, find_transformers
 from .table import MODELS, UNCOVERED, BlockList, ModelEntry, find_entry
 
 __all__ = [
     "DENOISERS",
     "MODELS",
     "PIPELINES",
-    "SEPARATE_CFG",
     "UNCOVERED",
     "BlockList",
     "MatrixRow",

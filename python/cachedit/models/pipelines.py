@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-__all__ = ["DENOISERS", "PIPELINES", "SEPARATE_CFG", "PipelineEntry", "calls_branches_in_turn", "find_transformers"]
+__all__ = ["DENOISERS", "PIPELINES", "PipelineEntry", "calls_branches_in_turn", "find_transformers"]
 
 # Attributes that hold the denoisers, where they are not called transformer and transformer_2.
 DENOISERS: dict[str, tuple[str, ...]] = {
@@ -194,9 +194,6 @@ PIPELINES: dict[str, PipelineEntry] = {
     "ZImagePipeline": P("ZImageTransformer2DModel", BATCH),
 }
 
-# Pipelines that call their transformer once per guidance branch without naming the branch by cache_context.
-SEPARATE_CFG = frozenset(name for name, entry in PIPELINES.items() if entry.guidance == IN_TURN)
-
 
 def find_transformers(pipe: Any) -> list[nn.Module]:
     """Return the denoising transformers of a pipeline, in calling order; empty where there is none."""
@@ -209,7 +206,7 @@ def find_transformers(pipe: Any) -> list[nn.Module]:
 
 def calls_branches_in_turn(pipe: Any) -> bool:
     """Whether a pipeline's guidance branches have to be told apart by the order of calls."""
-    return any(name in SEPARATE_CFG for name in _class_names(pipe))
+    return any(name in PIPELINES and PIPELINES[name].guidance == IN_TURN for name in _class_names(pipe))
 
 
 def _class_names(pipe: Any) -> list[str]:

@@ -29,10 +29,14 @@ class Family(NamedTuple):
 
 @pytest.fixture(scope="module", params=BUILDERS)
 def family(request):
-    tiny = build(request.param)
+    return make_family(request.param)
+
+
+def make_family(name: str) -> Family:
+    tiny = build(name)
     transformers = find_transformers(tiny.pipe)
     names = [list(transformer.state_dict()) for transformer in transformers]
-    return Family(request.param, tiny, transformers, tiny(STEPS), names)
+    return Family(name, tiny, transformers, tiny(STEPS), names)
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,10 @@ from torch import nn
 
 import cachedit
 from cachedit import DBCacheConfig, TaylorSeerCalibratorConfig
-from cachedit.models import DENOISERS, MODELS, PIPELINES, SEPARATE_CFG, find_transformers
+from cachedit.models import DENOISERS, MODELS, PIPELINES, find_transformers
 from pipelines import BUILDERS, build
+
+IN_TURN = [name for name in BUILDERS if PIPELINES[name.partition(" + ")[0]].guidance == "in turn"]
 
 
 def enable(pipe, **kwargs):
@@ -104,7 +106,7 @@ class TestRequests:
             assert first[0] + second[0] == steps and min(first + second) > 0
         assert all(stats.computed_steps[0] == 0 for stats in cachedit.summary(tiny.pipe, logging=False))
 
-    @pytest.mark.parametrize("name", [name for name in BUILDERS if name.split(" ")[0] in SEPARATE_CFG])
+    @pytest.mark.parametrize("name", IN_TURN)
     def test_without_guidance_there_is_one_branch(self, name):
         """Where branches are told apart by the order of calls, a request may still have one only."""
         tiny = build(name)
