@@ -116,6 +116,7 @@ PIPELINES: dict[str, PipelineEntry] = {
     "KandinskyV22PriorEmb2EmbPipeline": P("PriorTransformer", BATCH),
     "KandinskyV22PriorPipeline": P("PriorTransformer", BATCH),
     "Krea2Pipeline": P("Krea2Transformer2DModel", IN_TURN),
+    "LattePipeline": P("LatteTransformer3DModel", BATCH),
     "LongCatAudioDiTPipeline": P("LongCatAudioDiTTransformer", IN_TURN),
     "LongCatImageEditPipeline": P("LongCatImageTransformer2DModel", NAMED),
     "LongCatImagePipeline": P("LongCatImageTransformer2DModel", NAMED),

@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ..patch_functor import PatchFunctor
 from ..pattern import ForwardPattern
+from .patches import LattePatch
 
 __all__ = ["MODELS", "UNCOVERED", "BlockList", "ModelEntry", "find_entry"]
 
@@ -38,9 +40,11 @@ class ModelEntry(NamedTuple):
     Args:
         sections: Groups of block lists in calling order. The lists of a group carry the same streams and share one
             decision, so a reused step skips the later ones whole; groups decide separately.
+        patch: Changes that a transformer needs while the cache is on, where its loop does more than call its blocks.
     """
 
     sections: tuple[tuple[BlockList, ...], ...]
+    patch: type[PatchFunctor] | None = None
 
 
 def _linked(*lists: BlockList) -> ModelEntry:
@@ -110,6 +114,7 @@ VIDEO = {
         B("visual_transformer_blocks", P2, hidden="visual_embed", encoder="text_embed")
     ),
     "Kandinsky6Transformer3DModel": _separate(B("visual_transformer_blocks", P0, hidden="vis", encoder="aud")),
+    "LatteTransformer3DModel": _separate(B("transformer_blocks", P2))._replace(patch=LattePatch),
     "LTX2VideoTransformer3DModel": _separate(B("transformer_blocks", P0, encoder="audio_hidden_states")),
     "LTXVideoTransformer3DModel": _separate(B("transformer_blocks", P2)),
     "MochiTransformer3DModel": _separate(B("transformer_blocks", P0)),
@@ -138,7 +143,6 @@ UNCOVERED: dict[str, str] = {
     "DreamLiteTransformer2DModel": _PART,
     "Flux3Transformer2DModel": _MODULAR,
     "Kandinsky6SRTransformer3DModel": "its pipeline denoises tile after tile under one progress bar",
-    "LatteTransformer3DModel": "its loop alternates between two lists, whose tokens are laid out differently",
     "MiniMaxH3Transformer3DModel": _MODULAR,
     "MiniMaxMusic3RVQDepthDecoder": "is an autoregressive decoder",
     "MiniMaxMusic3Transformer1DModel": _MODULAR,

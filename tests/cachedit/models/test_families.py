@@ -95,9 +95,13 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 
 def expected(family: Family, steps: int, **kwargs: Any) -> torch.Tensor:
-    sections = {transformer: plan_for(transformer).sections for transformer in family.transformers}
-    mask = mask_of(family, steps)
-    with executing(sections, mask, family.tiny.branches):
+    plans = [plan_for(transformer) for transformer in family.transformers]
+    sections = {plan.transformer: plan.sections for plan in plans}
+    with ExitStack() as stack:
+        for plan in plans:
+            if plan.patch_functor is not None:
+                stack.enter_context(plan.patch_functor.applied(plan.transformer))
+        stack.enter_context(executing(sections, mask_of(family, steps), family.tiny.branches))
         return family.tiny(steps, **kwargs)
 
 
