@@ -111,6 +111,7 @@ PIPELINES: dict[str, PipelineEntry] = {
     "Kandinsky5I2VPipeline": P("Kandinsky5Transformer3DModel", IN_TURN),
     "Kandinsky5T2IPipeline": P("Kandinsky5Transformer3DModel", IN_TURN),
     "Kandinsky5T2VPipeline": P("Kandinsky5Transformer3DModel", IN_TURN),
+    "Kandinsky6SRPipeline": P("Kandinsky6SRTransformer3DModel", NONE),
     "Kandinsky6TI2VAPipeline": P("Kandinsky6Transformer3DModel", NAMED),
     "KandinskyPriorPipeline": P("PriorTransformer", BATCH),
     "KandinskyV22PriorEmb2EmbPipeline": P("PriorTransformer", BATCH),

@@ -14,7 +14,7 @@ from cachedit import DBCacheConfig, TaylorSeerCalibratorConfig
 from cachedit.adapter import plan_for
 from cachedit.models import find_transformers
 from executor import executing
-from pipelines import BUILDERS, Tiny, build
+from pipelines import BUILDERS, LOOPS, Tiny, build
 
 STEPS, OTHER_STEPS = 8, 12
 
@@ -27,7 +27,7 @@ class Family(NamedTuple):
     state_names: list[list[str]]
 
 
-@pytest.fixture(scope="module", params=BUILDERS)
+@pytest.fixture(scope="module", params=[*BUILDERS, *LOOPS])
 def family(request):
     return make_family(request.param)
 

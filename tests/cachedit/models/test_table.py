@@ -7,7 +7,7 @@ from torch import nn
 
 from cachedit.adapter import plan_for
 from cachedit.models import MODELS, UNCOVERED, find_entry, find_transformers
-from pipelines import BUILDERS, build
+from pipelines import BUILDERS, LOOPS, build
 
 # Lists of which the rows say nothing: one that its loop runs over in slices, and one that a patch pairs with another.
 LEFT_OUT = {
@@ -19,7 +19,8 @@ LEFT_OUT = {
 @pytest.fixture(scope="module")
 def transformers():
     """One of each class."""
-    return {type(module).__name__: module for name in BUILDERS for module in find_transformers(build(name).pipe)}
+    names = [*BUILDERS, *LOOPS]
+    return {type(module).__name__: module for name in names for module in find_transformers(build(name).pipe)}
 
 
 @pytest.mark.parametrize("name", [*MODELS, *UNCOVERED])
