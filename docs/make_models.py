@@ -28,6 +28,9 @@ that carry the same streams do (*linked*, `+` below: a reused step skips the lat
 joined or split between two lists (`;` below), each decides for itself. Blocks that call their streams otherwise than
 `hidden_states` and `encoder_hidden_states` have the names in the row.
 
+Transformers without a pipeline, at the end, are those that diffusers runs in modular pipelines only; the tests run them
+in a loop of their own.
+
 What a loop does between the calls of its blocks needs no row: what ControlNets, face adapters and per-block text add
 is part of the stored residual while it falls into the body, and is added as ever after it. HunyuanDiT's long skip
 connections reach from the first blocks to the last: with it, `Bn_compute_blocks` must not be larger than

@@ -163,6 +163,7 @@ PIPELINES: dict[str, PipelineEntry] = {
     "SanaSprintImg2ImgPipeline": P("SanaTransformer2DModel", NONE),
     "SanaSprintPipeline": P("SanaTransformer2DModel", NONE),
     "SanaVideoPipeline": P("SanaVideoTransformer3DModel", BATCH),
+    "SanaWMPipeline": P("SanaWMTransformer3DModel", BATCH),
     "ShapEImg2ImgPipeline": P("PriorTransformer", BATCH),
     "ShapEPipeline": P("PriorTransformer", BATCH),
     "SkyReelsV2DiffusionForcingImageToVideoPipeline": P("SkyReelsV2Transformer3DModel", NAMED),

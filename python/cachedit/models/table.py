@@ -71,6 +71,7 @@ IMAGE = {
     "DiTTransformer2DModel": _separate(B("transformer_blocks", P3)),
     "ErnieImageTransformer2DModel": _separate(B("layers", P3, hidden="x")),
     "Flux2Transformer2DModel": _separate(B("transformer_blocks", P1), B("single_transformer_blocks", P3)),
+    # Its five blocks per kind of token, before these, are always computed.
     "Flux3Transformer2DModel": _separate(B("single_transformer_blocks", P1)),
     "FluxTransformer2DModel": _linked(B("transformer_blocks", P1), B("single_transformer_blocks", P1)),
     "GlmImageTransformer2DModel": _separate(B("transformer_blocks", P0)),
@@ -123,6 +124,7 @@ VIDEO = {
     "MochiTransformer3DModel": _separate(B("transformer_blocks", P0)),
     "MotifVideoTransformer3DModel": _separate(B("transformer_blocks", P0)),
     "SanaVideoTransformer3DModel": _separate(B("transformer_blocks", P2)),
+    "SanaWMTransformer3DModel": _separate(B("blocks", P2, hidden="x", encoder="y")),
     "SkyReelsV2Transformer3DModel": _separate(B("blocks", P2)),
     "WanAnimateTransformer3DModel": _separate(B("blocks", P2)),
     "WanTransformer3DModel": _separate(B("blocks", P2)),
@@ -147,7 +149,6 @@ UNCOVERED: dict[str, str] = {
     "MiniMaxMusic3RVQDepthDecoder": "is an autoregressive decoder",
     "RFD4ProteinaTransformer": "it runs its list several times per forward, and updates pairs of tokens in between",
     "SanaWMLTX2RefinerTransformer3DModel": "its pipeline counts blocks of frames, not steps",
-    "SanaWMTransformer3DModel": "has not been tried: its pipeline wants camera paths",
     "T5FilmDecoder": "its pipeline is deprecated",
     "Transformer2DModel": _PART,
     "TransformerTemporalModel": _PART,
