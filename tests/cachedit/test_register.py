@@ -170,7 +170,7 @@ def test_matrix_has_a_line_per_pipeline():
     assert ["FluxPipeline", "FluxTransformer2DModel", blocks, "named", "yes"] in cells
     blocks = "joint_transformer_blocks 1; single_transformer_blocks 3"
     assert ["AuraFlowPipeline", "AuraFlowTransformer2DModel", blocks, "one batch", "yes"] in cells
-    assert ["HeliosPyramidPipeline", "HeliosTransformer3DModel", "blocks 2", "", "no"] in cells
+    assert ["EasyAnimateInpaintPipeline", "EasyAnimateTransformer3DModel", "transformer_blocks 0", "", "no"] in cells
 
 
 def test_not_registered_where_it_says_so():

@@ -91,7 +91,7 @@ PIPELINES: dict[str, PipelineEntry] = {
     "FluxPipeline": P("FluxTransformer2DModel", NAMED),
     "GlmImagePipeline": P("GlmImageTransformer2DModel", IN_TURN),
     "HeliosPipeline": P("HeliosTransformer3DModel", NAMED),
-    "HeliosPyramidPipeline": P("HeliosTransformer3DModel", UNKNOWN, tried=False),
+    "HeliosPyramidPipeline": P("HeliosTransformer3DModel", NAMED),
     "HiDreamImagePipeline": P("HiDreamImageTransformer2DModel", BATCH),
     "HunyuanDiTControlNetPipeline": P("HunyuanDiT2DModel", BATCH),
     "HunyuanDiTPAGPipeline": P("HunyuanDiT2DModel", BATCH),
@@ -193,7 +193,7 @@ PIPELINES: dict[str, PipelineEntry] = {
     "ZImageControlNetPipeline": P("ZImageTransformer2DModel", BATCH),
     "ZImageImg2ImgPipeline": P("ZImageTransformer2DModel", BATCH),
     "ZImageInpaintPipeline": P("ZImageTransformer2DModel", BATCH),
-    "ZImageOmniPipeline": P("ZImageTransformer2DModel", UNKNOWN, tried=False),
+    "ZImageOmniPipeline": P("ZImageTransformer2DModel", BATCH),
     "ZImagePipeline": P("ZImageTransformer2DModel", BATCH),
 }
 
