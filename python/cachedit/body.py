@@ -69,13 +69,6 @@ class SectionRun:
         """The first head block is about to run on ``hidden``."""
         self.before = self.guard(hidden)
 
-    def leave_head(self, second: Any) -> None:
-        """The last head block returned this in the place of the encoder stream."""
-        if isinstance(second, torch.Tensor):
-            self.head_encoder = second
-        else:
-            self.object = second
-
     def enter(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
         """The body is about to run on these streams: decide."""
         streams = [hidden] if encoder is None else [hidden, encoder]
@@ -171,7 +164,12 @@ class _HeadEnd(Site):
         if self.run.before is None:
             self.run.open(self.link.signature.hidden(args, kwargs))
         output = self.block(*args, **kwargs)
-        self.run.leave_head(self.link.signature.pattern.unpack(self.block, output)[1])
+        pattern = self.link.signature.pattern
+        _, second = pattern.unpack(self.block, output)
+        if not isinstance(second, torch.Tensor):
+            self.run.object = second
+        elif pattern.Forward_H_only:  # else the body is given it
+            self.run.head_encoder = second
         return output
 
 
