@@ -297,10 +297,12 @@ class Caller(nn.Module):
 
 
 class Unnormalized(TorchFunctionMode):
-    """Leaves out group norms, which change no shape, and on the meta device take longer than all the rest."""
+    """Leaves out norms, which change no shape, and on the meta device take longer than all the rest."""
+
+    NORMS = nn.functional.group_norm, nn.functional.layer_norm, nn.functional.normalize
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func is nn.functional.group_norm else func(*args, **(kwargs or {}))
+        return args[0] if func in self.NORMS else func(*args, **(kwargs or {}))
 
 
 def _signature(vae: nn.Module, coder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
