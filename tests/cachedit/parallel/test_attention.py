@@ -1,4 +1,4 @@
-"""Attention over pieces on gloo ranks, against one process: masks, sequences of two lengths, grouped heads, no heads."""
+"""Attention over pieces on gloo ranks, against one process: masks, two lengths, grouped heads, no heads."""
 
 from __future__ import annotations
 
