@@ -11,6 +11,7 @@ calls. What backends of collectives launch on their own is not counted.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -40,19 +41,38 @@ COLLECTIVES = ("_c10d_functional", "c10d")
 BOOKKEEPING = ("_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd")
 
 
-def wire_bytes(workload: Workload, ranks: int, float8: Sequence[bool]) -> int:
-    """What the busiest rank sends to or receives from others in both exchanges of a layer: codes, scales, filling."""
+Matrix = tuple[tuple[int, ...], ...]
+
+
+@functools.cache
+def exchanged(workload: Workload, ranks: int, float8: tuple[bool, ...]) -> tuple[Matrix, Matrix]:
+    """The bytes of the block from each rank (row) to each rank, in the exchange of Q, K, V and in that of O."""
     lengths, heads = even_splits(workload.tokens, ranks), even_splits(workload.heads, ranks)
 
-    def bytes_to(shape: Sequence[int], splits: Sequence[int], dim: int, wires: Sequence[bool]) -> list[int]:
-        return [block.nbytes for block in layout(shape, splits, dim, ELEMENT_BYTES, wires)]
+    def bytes_to(shape: Sequence[int], splits: Sequence[int], dim: int, wires: Sequence[bool]) -> tuple[int, ...]:
+        return tuple(block.nbytes for block in layout(shape, splits, dim, ELEMENT_BYTES, wires))
 
-    qkv = [bytes_to((1, length, workload.heads, workload.head_dim), heads, HEADS, float8[:3]) for length in lengths]
-    o = [bytes_to((1, workload.tokens, share, workload.head_dim), lengths, SEQUENCE, float8[3:]) for share in heads]
-    return max(
-        sum(max(sum(row[rank] for row in sent), sum(sent[rank])) - sent[rank][rank] for sent in (qkv, o))
-        for rank in range(ranks)
+    return (
+        tuple(bytes_to((1, n, workload.heads, workload.head_dim), heads, HEADS, float8[:3]) for n in lengths),
+        tuple(bytes_to((1, workload.tokens, h, workload.head_dim), lengths, SEQUENCE, float8[3:]) for h in heads),
     )
+
+
+def busiest(matrix: Matrix, others: Callable[[int, int], bool]) -> int:
+    """The most that a rank sends to or receives from those that `others(rank, peer)` holds for."""
+    ranks = range(len(matrix))
+    return max(
+        max(
+            sum(matrix[rank][peer] for peer in ranks if others(rank, peer)),
+            sum(matrix[peer][rank] for peer in ranks if others(rank, peer)),
+        )
+        for rank in ranks
+    )
+
+
+def wire_bytes(workload: Workload, ranks: int, float8: tuple[bool, ...]) -> int:
+    """What the busiest rank of each exchange moves, both of a layer added: codes, scales, filling."""
+    return sum(busiest(matrix, lambda rank, peer: rank != peer) for matrix in exchanged(workload, ranks, float8))
 
 
 def bytes_table(ranks: Sequence[int] = (2, 4, 8)) -> str:
