@@ -16,8 +16,9 @@ INTRODUCTION = """# Models
 
 Written by `docs/make_models.py` from the tables in `python/cachedit/models/`; a test fails when it is out of date, or
 when what it calls tested is not what the tests run (`tests/helpers/pipelines/`). `cachedit models` prints it, and
-`cachedit.supported_matrix()` returns it. All of it works with `cachedit.enable_cache(pipe)`; what is not here is learnt
-from its first forward, or works with a `BlockAdapter`.
+`cachedit.supported_matrix()` returns it. What is tested works with `cachedit.enable_cache(pipe)`. Of pipelines that are
+not, only the transformer is known to work. What is not here is learnt from its first forward, or works with a
+`BlockAdapter`.
 
 ## What a row says
 

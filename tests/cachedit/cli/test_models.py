@@ -11,7 +11,7 @@ def invoke(*arguments, columns=300):
 
 def table(output):
     """The cells of the rows below the titles."""
-    lines = [line.strip("│ ").split("│") for line in output.splitlines() if line.startswith("│")]
+    lines = [line.strip().strip("│").split("│") for line in output.splitlines() if line.startswith("│")]
     return [tuple(cell.strip() for cell in cells) for cells in lines]
 
 
