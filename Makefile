@@ -21,6 +21,8 @@ lint: setup
 benchmark: setup
 	$(BIN)/python benchmarks/bench_residual.py --device cpu --mb 1 64
 	$(BIN)/python benchmarks/bench_forecast.py --device cpu --mb 1 64
+	$(BIN)/python benchmarks/bench_ulysses.py --device cpu
+	$(BIN)/python benchmarks/bench_attention.py --device cpu
 	$(BIN)/python benchmarks/bench_engine.py
 
 setup: $(READY)

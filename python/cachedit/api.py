@@ -300,6 +300,9 @@ def _agree(target: Any, config: ParallelismConfig, prepare: Callable[[], _Prepar
 
     def check() -> tuple[_Prepared, Parallelism]:
         prepared = prepare()
+        for controller in prepared.controllers:
+            if config.cp_enabled() and controller.tap is not None and controller.tap.sea is not None:
+                raise ValueError('metric must be "l1" under sequence parallelism: the filter of "sea" needs all tokens')
         pipe = prepared.pipe if prepared.pipe is not None else getattr(target, "pipe", target)
         return prepared, prepare_parallelism(prepared.transformers, pipe, config, group)
 

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from .attention import LSE_BACKENDS, SequenceAttention
 from .config import ParallelismConfig, Sizes
+from .extra import Extra, find_extra
 from .groups import Groups
 from .plans import UNSPLIT, ContextPlan, attention_modules, find_plan
 from .processors import parallelise_attention
 from .split import Pieces, hook_plan
+from .tensor import check_tensor_parallel, shard_transformer
+from .text_encoder import shard_text_encoder
+from .vae import share_tiles
 
 __all__ = [
     "Parallelism",
@@ -28,6 +34,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _ATTRIBUTE = "_cachedit_parallel"
+_SHARDS = "_cachedit_shards"  # into how many shards a module's weights have been cut
 
 
 class Parallelism(NamedTuple):
@@ -37,6 +44,8 @@ class Parallelism(NamedTuple):
     sizes: Sizes
     group: dist.ProcessGroup
     transformers: list[tuple[nn.Module, ContextPlan | None]]
+    """What is split and cut, ControlNets among them; where sequences are split, with the plan."""
+    others: list[Extra]
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same on all ranks."""
@@ -51,12 +60,11 @@ class Parallelism(NamedTuple):
         return fields
 
 
-class _Parallel:
-    """What is on one transformer."""
+class _Parallel(NamedTuple):
+    """What is on one module."""
 
-    def __init__(self, groups: Groups, undo: Callable[[], None]):
-        self.groups = groups
-        self.undo = undo
+    sequence: dist.ProcessGroup | None
+    undo: Callable[[], None]
 
 
 def process_group(config: Any) -> dist.ProcessGroup:
@@ -97,9 +105,16 @@ def prepare_parallelism(
             f"attention_backend must be one of {', '.join(LSE_BACKENDS)} for ring attention, "
             f"got {config.attention_backend!r}"
         )
+    extra = find_extra(pipe, config.extra_parallel_modules)
+    others = [item for item in extra if item.kind != "controlnet"]
+    for item in others:
+        if vars(item.module).get(_ATTRIBUTE) is None:
+            _check_shards(item.module, sizes.total, item.check, group)
     rows: list[tuple[nn.Module, ContextPlan | None]] = []
-    for transformer in transformers:
-        row = find_plan(transformer, config.cp_plan)
+    for transformer in (*transformers, *(item.module for item in extra if item.kind == "controlnet")):
+        if sizes.tp > 1 or _SHARDS in vars(transformer):
+            _check_shards(transformer, sizes.tp, check_tensor_parallel, transformer, sizes.tp)
+        row = find_plan(transformer, config.cp_plan if transformer in transformers else None)
         if sizes.sequence > 1 and row is None:
             name = type(transformer).__name__
             reason = UNSPLIT.get(name, "it is not known how to split it; give a cp_plan")
@@ -107,24 +122,50 @@ def prepare_parallelism(
                 f"parallelism_config: {name} does not run on split sequences: {reason}; or use tp_size alone"
             )
         rows.append((transformer, row if sizes.sequence > 1 else None))
-    return Parallelism(config, sizes, group, rows)
+    return Parallelism(config, sizes, group, rows, others)
+
+
+def _check_shards(module: nn.Module, shards: int, check: Callable[..., None], *args: Any) -> None:
+    """Weights that have been cut already are as they should be, or an error; others are looked at by ``check``."""
+    have = vars(module).get(_SHARDS)
+    if have is None:
+        check(*args)
+    elif have != shards:
+        raise ValueError(
+            f"tp_size: the weights of this {type(module).__name__} have been cut for {have} ranks, not {shards}; "
+            "load them again"
+        )
 
 
 def enable_parallelism(parallelism: Parallelism) -> None:
     """Put it on; what was there before of the same kind is taken off first."""
     for transformer, row in parallelism.transformers:
         disable_parallelism(transformer)
-        device = next(transformer.parameters()).device
-        groups = Groups(parallelism.sizes, parallelism.group, device.type)
+        groups = Groups(parallelism.sizes, parallelism.group, _device(transformer))
         undo: list[Callable[[], None]] = []
         try:
+            if groups.tp_mesh is not None and _SHARDS not in vars(transformer):
+                shard_transformer(transformer, groups.tp_mesh)
+                vars(transformer)[_SHARDS] = parallelism.sizes.tp
             if row is not None:
                 _split(transformer, row, groups, parallelism.config, undo)
         except BaseException:
             _unwind(undo)
             raise
-        vars(transformer)[_ATTRIBUTE] = _Parallel(groups, lambda undo=undo: _unwind(undo))  # type: ignore[misc]
+        vars(transformer)[_ATTRIBUTE] = _Parallel(groups.sequence, partial(_unwind, undo))
         logger.info("parallelism enabled on %s: %s", type(transformer).__name__, parallelism.config.strify())
+    for name, module, kind in parallelism.others:
+        if kind == "vae":
+            disable_parallelism(module)
+            vars(module)[_ATTRIBUTE] = _Parallel(None, share_tiles(module, parallelism.group).undo)
+        elif _SHARDS not in vars(module):
+            shard_text_encoder(module, DeviceMesh.from_group(parallelism.group, _device(module)))
+            vars(module)[_SHARDS] = parallelism.sizes.total
+        logger.info("parallelism enabled on %s: %s", name, "tiles" if kind == "vae" else "tensor parallel")
+
+
+def _device(module: nn.Module) -> str:
+    return next(module.parameters()).device.type
 
 
 def _split(
@@ -153,9 +194,9 @@ def _unwind(undo: list[Callable[[], None]]) -> None:
         undo.pop()()
 
 
-def disable_parallelism(transformer: nn.Module) -> None:
+def disable_parallelism(module: nn.Module) -> None:
     """Take it off; nothing happens where it is not on. Weights that were cut for tensor parallelism stay cut."""
-    parallel = vars(transformer).pop(_ATTRIBUTE, None)
+    parallel = vars(module).pop(_ATTRIBUTE, None)
     if parallel is not None:
         parallel.undo()
 
@@ -163,4 +204,4 @@ def disable_parallelism(transformer: nn.Module) -> None:
 def sequence_group(transformer: nn.Module) -> dist.ProcessGroup | None:
     """The ranks that hold the pieces of a transformer's sequences, whose sums count together."""
     parallel = vars(transformer).get(_ATTRIBUTE)
-    return None if parallel is None else parallel.groups.sequence
+    return None if parallel is None else parallel.sequence

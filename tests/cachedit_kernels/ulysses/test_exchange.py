@@ -19,7 +19,14 @@ from cachedit_kernels.ulysses.layout import even_splits
 from ranks import run_ranks
 
 worlds = pytest.mark.parametrize("world", [2, 4])
+each_transport = pytest.mark.usefixtures("transport")
 NONE, QV, ALL = (False,) * 3, (True, False, True), (True,) * 3
+
+
+@pytest.fixture(params=["collective", "symmetric"])
+def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks inherit it; memory that they share stands in for GPUs that address each other's."""
+    monkeypatch.setenv("CACHEDIT_KERNELS_TRANSPORT", request.param)
 
 
 class Case(NamedTuple):
@@ -104,6 +111,7 @@ def run_cases(cases: list[Case]) -> list[dict[str, float]]:
     return [exchange_case(case) for case in cases]
 
 
+@each_transport
 @worlds
 def test_exchanges_equal_the_single_process(world: int) -> None:
     for errors in run_ranks(run_cases, world, CASES):
@@ -195,6 +203,7 @@ def run_checks(case: Case) -> None:
     assert quantized_all_to_all_output(q).shape == even[0].shape
 
 
+@each_transport
 @worlds
 def test_overlap_compilation_and_groups(world: int) -> None:
     assert run_ranks(run_checks, world, CASES[2], seconds=200) == [None] * world
@@ -223,6 +232,7 @@ def refusals() -> list[str]:
     return messages
 
 
+@each_transport
 def test_refusals_name_the_argument() -> None:
     qkv, o = "quantized_all_to_all", "quantized_all_to_all_output"
     for rank, messages in enumerate(run_ranks(refusals, 2)):
@@ -247,6 +257,7 @@ def one_rank_raises() -> None:
     quantized_all_to_all(x, x, x)
 
 
+@each_transport
 def test_a_rank_that_raises_makes_the_others_fail() -> None:
     start = time.monotonic()
     results = run_ranks(one_rank_raises, 2, seconds=60, collective=10)
