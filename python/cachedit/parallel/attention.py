@@ -180,7 +180,7 @@ def attention_with_lse(
         return out, lse.squeeze(-1) if lse.dim() == 4 else lse
     if mask is not None and mask.dtype is torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
-    none = None if mask is None else torch.isneginf(mask).all(-1)
+    none = None if mask is None else torch.isneginf(mask).all(-1).transpose(1, 2)  # [B, 1 or Lq, 1]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if q.device.type == "cpu":
         cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
