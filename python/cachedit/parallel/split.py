@@ -45,7 +45,8 @@ class Pieces:
     def forget(self) -> None:
         """A forward begins."""
         self.streams: dict[str, tuple[int, ...]] = {}  # what was split, and how long each rank's piece is
-        self.masks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by id: as given, and as attention takes it
+        self.last_mask: tuple[torch.Tensor, torch.Tensor] | None = None  # as it was given, and as attention takes it
+        self.last_valid: torch.Tensor | None = None
 
     @property
     def empty(self) -> bool:
@@ -67,9 +68,9 @@ class Pieces:
 
     def note_valid(self, mask: torch.Tensor, name: str) -> None:
         """Attention will leave out what a mask [batch, tokens] excludes, one sample at a time."""
-        if id(mask) in self.masks:  # another block has had the same
+        if mask is self.last_valid:  # the block before had it
             return
-        self.masks[id(mask)] = mask, mask
+        self.last_valid = mask
         parts = mask.bool().split(even_splits(mask.shape[1], self.count), dim=1)
         for sample, sizes in enumerate(torch.stack([part.sum(1) for part in parts], 1).tolist()):
             self.streams[f"{name}[{sample}]"] = tuple(sizes)
@@ -136,7 +137,7 @@ class Pieces:
         return tensor.index_select(dim, torch.cat(self._tokens(streams, tensor.device)[self.mine]))
 
     def mask(self, mask: torch.Tensor, rows: tuple[int, ...], columns: tuple[int, ...]) -> torch.Tensor:
-        """A mask over all ranks' tokens, one rank's piece after the other; made once for one tensor in a forward.
+        """A mask over all ranks' tokens, one rank's piece after the other; made once for layers given one tensor.
 
         Args:
             mask: [B, Lk], [B, Lq, Lk] or [B, 1, Lq, Lk], where Lq may be 1. Either over all tokens, in the order of
@@ -151,10 +152,9 @@ class Pieces:
         Raises:
             ValueError: For other shapes.
         """
-        known = self.masks.get(id(mask))
-        if known is None:
-            known = self.masks[id(mask)] = mask, self._whole_mask(mask, rows, columns)
-        return known[1]
+        if self.last_mask is None or self.last_mask[0] is not mask:
+            self.last_mask = mask, self._whole_mask(mask, rows, columns)
+        return self.last_mask[1]
 
     def _whole_mask(self, given: torch.Tensor, rows: tuple[int, ...], columns: tuple[int, ...]) -> torch.Tensor:
         mask = given[:, None, None] if given.dim() == 2 else given[:, None] if given.dim() == 3 else given

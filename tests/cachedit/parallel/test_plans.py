@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 import cachedit
 from cachedit import DBCacheConfig, ParallelismConfig, TaylorSeerCalibratorConfig
 from cachedit.parallel.plans import PLANS, UNSPLIT, find_plan
+from cachedit.parallel.split import Pieces
 from pipelines import Tiny, build
 from pipelines.common import normal
 from ranks import run_ranks
@@ -29,12 +31,14 @@ class Case(NamedTuple):
         inputs: Arguments of every call.
         guided: Further ones.
         extra: ``extra_parallel_modules``.
+        masked: Attention over pieces is given masks, and they exclude something.
         on_four: Runs on four ranks, by Ulysses and ring at once; all run on two, by Ulysses.
     """
 
     inputs: Mapping[str, Any] = MappingProxyType({})
     guided: Mapping[str, Any] = MappingProxyType({})
     extra: tuple[str, ...] = ()
+    masked: bool = False
     on_four: bool = False
 
 
@@ -45,7 +49,7 @@ TWO_OTHERS = {f"negative_{name}": value for name, value in TWO_TEXTS.items()}
 CASES = {
     "BriaFiboPipeline": Case(),
     "BriaPipeline": Case(),
-    "ChromaPipeline": Case(on_four=True),
+    "ChromaPipeline": Case(masked=True, on_four=True),
     "ChronoEditPipeline": Case(),
     "CogVideoXPipeline": Case(on_four=True),
     "CogVideoXImageToVideoPipeline": Case(),
@@ -53,7 +57,7 @@ CASES = {
     "CogView4Pipeline": Case(),
     "CogView4ControlPipeline": Case(),
     "ConsisIDPipeline": Case(),
-    "ErnieImagePipeline": Case(guided={"negative_prompt_embeds": [normal(3, 16)]}, on_four=True),
+    "ErnieImagePipeline": Case(guided={"negative_prompt_embeds": [normal(3, 16)]}, masked=True, on_four=True),
     "Flux2KleinPipeline": Case(),
     "Flux2Pipeline": Case(),
     "FluxControlNetPipeline": Case(on_four=True),
@@ -63,11 +67,11 @@ CASES = {
     "GlmImagePipeline": Case(),
     "HeliosPipeline": Case(on_four=True),
     "HiDreamImagePipeline": Case(on_four=True),
-    "HunyuanImagePipeline": Case(),
-    "HunyuanVideo15ImageToVideoPipeline": Case(on_four=True),
+    "HunyuanImagePipeline": Case(masked=True),
+    "HunyuanVideo15ImageToVideoPipeline": Case(masked=True, on_four=True),
     "HunyuanVideoFramepackPipeline": Case(),
-    "HunyuanVideoImageToVideoPipeline + token replacement": Case(on_four=True),
-    "HunyuanVideoPipeline": Case(),
+    "HunyuanVideoImageToVideoPipeline + token replacement": Case(masked=True, on_four=True),
+    "HunyuanVideoPipeline": Case(masked=True),
     "Kandinsky5I2IPipeline": Case(),
     "Kandinsky5T2VPipeline": Case(on_four=True),
     "LTX2ImageToVideoPipeline": Case(on_four=True),
@@ -75,15 +79,17 @@ CASES = {
     "LTXPipeline": Case(),
     "LongCatImageEditPipeline": Case(),
     "LongCatImagePipeline": Case(),
-    "Lumina2Pipeline": Case(TWO_TEXTS, TWO_OTHERS),
+    "Lumina2Pipeline": Case(TWO_TEXTS, TWO_OTHERS, masked=True),
     "MochiPipeline": Case(on_four=True),
     "OvisImagePipeline": Case(),
     "PixArtAlphaPipeline": Case(),
     "PixArtSigmaPipeline": Case(),
-    "QwenImageControlNetPipeline": Case(extra=("controlnet",)),
-    "QwenImageEditPlusPipeline": Case(),
-    "QwenImagePipeline": Case(on_four=True),
-    "SkyReelsV2DiffusionForcingPipeline": Case({"num_frames": 13, "ar_step": 1, "causal_block_size": 2}, on_four=True),
+    "QwenImageControlNetPipeline": Case(extra=("controlnet",), masked=True),
+    "QwenImageEditPlusPipeline": Case(masked=True),
+    "QwenImagePipeline": Case(masked=True, on_four=True),
+    "SkyReelsV2DiffusionForcingPipeline": Case(
+        {"num_frames": 13, "ar_step": 1, "causal_block_size": 2}, masked=True, on_four=True
+    ),
     "SkyReelsV2Pipeline": Case(),
     "StableDiffusion3ControlNetPipeline": Case(),
     "StableDiffusion3Pipeline + dual attention": Case(),
@@ -92,7 +98,7 @@ CASES = {
     "WanPipeline + a timestep per token": Case(),
     "WanVACEPipeline": Case(),
     "ZImageControlNetPipeline": Case(extra=("controlnet",), on_four=True),
-    "ZImagePipeline": Case(guided={"negative_prompt_embeds": [normal(40, 16)]}),
+    "ZImagePipeline": Case(guided={"negative_prompt_embeds": [normal(40, 16)]}, masked=True),
 }
 
 
@@ -100,7 +106,8 @@ class Outcome(NamedTuple):
     """What became of a case on one rank; differences are relative to the largest value of the plain output."""
 
     error: float
-    masks_matter: bool
+    text_masks_matter: bool
+    masked: bool
     cached_error: float
     cache_matters: float
     steps: list[Any]  # cached steps of each transformer
@@ -152,8 +159,18 @@ def on_a_rank(world: int) -> dict[str, Any]:
     return outcomes
 
 
+def spied(method: Any, results: list[Any]) -> Any:
+    """A method that keeps what it returns."""
+
+    def call(*args: Any) -> Any:
+        results.append(method(*args))
+        return results[-1]
+
+    return call
+
+
 def outcome(name: str, config: ParallelismConfig, size: int) -> Outcome:
-    tiny, masks_matter = prepare(name)
+    tiny, text_masks_matter = prepare(name)
     plain = tiny(STEPS, size)
     largest = float(plain.abs().max())
     cachedit.enable_cache(tiny.pipe, *cache_of(tiny))
@@ -161,11 +178,14 @@ def outcome(name: str, config: ParallelismConfig, size: int) -> Outcome:
     cachedit.disable_cache(tiny.pipe)
 
     cachedit.enable_cache(tiny.pipe, parallelism_config=config)
-    error = float((tiny(STEPS, size) - plain).abs().max()) / largest
+    masks: list[torch.Tensor] = []
+    with mock.patch.object(Pieces, "mask", spied(Pieces.mask, masks)):
+        error = float((tiny(STEPS, size) - plain).abs().max()) / largest
+    masked = any(not torch.equal(mask, mask.flatten()[0].expand(mask.shape)) for mask in masks)
     cachedit.enable_cache(tiny.pipe, *cache_of(tiny))
     cached_error = float((tiny(STEPS, size) - single).abs().max()) / largest
     cache_matters = float((single - plain).abs().max()) / largest
-    return Outcome(error, masks_matter, cached_error, cache_matters, cached_steps(tiny.pipe), single_steps)
+    return Outcome(error, text_masks_matter, masked, cached_error, cache_matters, cached_steps(tiny.pipe), single_steps)
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +204,8 @@ def test_equal_to_one_process_with_and_without_a_cache(ran, name):
             print(f"{name}, rank {rank} of {world}: {found.error:.1e}, cached {found.cached_error:.1e}")
             assert found.error < BOUND and found.cached_error < BOUND
             assert found.steps == found.single and found.steps[0][0]
-            assert found.cache_matters > 10 * BOUND and found.masks_matter
+            assert found.cache_matters > 10 * BOUND and found.text_masks_matter
+            assert found.masked == CASES[name].masked
 
 
 def test_every_row_is_run():
