@@ -45,6 +45,8 @@ class Case(NamedTuple):
 # Samples of one batch whose texts differ in length, so that the shorter one's padding is masked.
 TWO_TEXTS = {"prompt_embeds": normal(2, 5, 16), "prompt_attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1] * 5])}
 TWO_OTHERS = {f"negative_{name}": value for name, value in TWO_TEXTS.items()}
+# Frames see those of their own block and of blocks before.
+FOUR_FRAMES_TWO_BY_TWO = {"num_frames": 13, "base_num_frames": 13, "causal_block_size": 2}
 
 CASES = {
     "BriaFiboPipeline": Case(),
@@ -87,9 +89,7 @@ CASES = {
     "QwenImageControlNetPipeline": Case(extra=("controlnet",), masked=True),
     "QwenImageEditPlusPipeline": Case(masked=True),
     "QwenImagePipeline": Case(masked=True, on_four=True),
-    "SkyReelsV2DiffusionForcingPipeline": Case(
-        {"num_frames": 13, "ar_step": 1, "causal_block_size": 2}, masked=True, on_four=True
-    ),
+    "SkyReelsV2DiffusionForcingPipeline": Case(FOUR_FRAMES_TWO_BY_TWO, masked=True, on_four=True),
     "SkyReelsV2Pipeline": Case(),
     "StableDiffusion3ControlNetPipeline": Case(),
     "StableDiffusion3Pipeline + dual attention": Case(),
@@ -119,6 +119,7 @@ def prepare(name: str) -> tuple[Tiny, bool]:
     case, tiny = CASES[name], build(name)
     tiny.inputs |= case.inputs
     tiny.guided |= case.guided
+    tiny.sizes = tuple(size | {key: case.inputs[key] for key in size.keys() & case.inputs} for size in tiny.sizes)
     masks = [
         (arguments, key)
         for arguments in (tiny.inputs, tiny.guided)
