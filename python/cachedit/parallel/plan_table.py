@@ -254,10 +254,45 @@ PLANS: dict[str, ContextPlan] = {
         },
         attention=("blocks.*.attn1",),
     ),
+    "AuraFlowTransformer2DModel": ContextPlan({"joint_transformer_blocks.0": BLOCK_INPUTS, "proj_out": GATHERED}),
+    # Image and text are told apart after the last block, by their length: each block is given all, and gives all.
+    "BriaFibo2Transformer2DModel": ContextPlan(
+        {"layers.*": {"x": TOKENS, "freqs_cis": In(1, stream=False), "noise_mask": In(1, 2), 0: GATHERED}},
+        attention=("layers.*.attention",),
+    ),
+    "Krea2Transformer2DModel": ContextPlan(
+        {"transformer_blocks.*": {"hidden_states": TOKENS, "image_rotary_emb": In(-2, stream=False), 0: GATHERED}},
+        attention=("transformer_blocks",),
+    ),
+    "HunyuanDiT2DModel": ContextPlan(
+        {
+            "": {"image_rotary_emb": In(0, 2), "controlnet_block_samples": RESIDUALS},
+            "blocks.0": {"hidden_states": TOKENS},
+            "proj_out": GATHERED,
+        },
+        attention=("blocks.*.attn1",),
+    ),
+    "CosmosTransformer3DModel": ContextPlan(
+        {
+            "": {"block_controlnet_hidden_states": RESIDUALS},
+            "transformer_blocks.0": {"hidden_states": TOKENS},
+            "transformer_blocks.*": {
+                "image_rotary_emb": In(0, 2),
+                "extra_pos_emb": In(1, 3, stream=False),
+                "embedded_timestep": In(1, 3, stream=False),  # of each token, where frames have their own
+                "temb": In(1, 3, stream=False),
+            },
+            "norm_out": {"hidden_states": GATHERED},
+        },
+        attention=("transformer_blocks.*.attn1",),
+    ),
 }
 
-# Classes whose attention cannot be split over the sequence, and why.
+# Classes whose sequences cannot be split, and why.
 UNSPLIT: dict[str, str] = {
+    "NucleusMoEImageTransformer2DModel": "its experts choose among all tokens",
+    "PRXTransformer2DModel": "its image tokens attend to themselves and to the whole text in one",
     "SanaTransformer2DModel": "its convolutions run over neighbouring tokens",
     "SanaVideoTransformer3DModel": "its convolutions run over neighbouring tokens",
+    "UVit2DModel": "its convolutions run over neighbouring tokens",
 }

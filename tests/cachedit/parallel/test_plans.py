@@ -49,7 +49,9 @@ TWO_OTHERS = {f"negative_{name}": value for name, value in TWO_TEXTS.items()}
 FOUR_FRAMES_TWO_BY_TWO = {"num_frames": 13, "base_num_frames": 13, "causal_block_size": 2}
 
 CASES = {
-    "BriaFiboPipeline": Case(),
+    "AuraFlowPipeline": Case(),
+    "BriaFibo2Pipeline": Case(),
+    "BriaFiboPipeline": Case(masked=True),
     "BriaPipeline": Case(),
     "ChromaPipeline": Case(masked=True, on_four=True),
     "ChronoEditPipeline": Case(),
@@ -60,6 +62,8 @@ CASES = {
     "CogView4ControlPipeline": Case(),
     "ConsisIDPipeline": Case(),
     "ErnieImagePipeline": Case(guided={"negative_prompt_embeds": [normal(3, 16)]}, masked=True, on_four=True),
+    "Cosmos2VideoToWorldPipeline": Case(),
+    "Cosmos2_5_TransferPipeline": Case(),
     "Flux2KleinPipeline": Case(),
     "Flux2Pipeline": Case(),
     "FluxControlNetPipeline": Case(on_four=True),
@@ -69,6 +73,7 @@ CASES = {
     "GlmImagePipeline": Case(),
     "HeliosPipeline": Case(on_four=True),
     "HiDreamImagePipeline": Case(on_four=True),
+    "HunyuanDiTControlNetPipeline": Case(),
     "HunyuanImagePipeline": Case(masked=True),
     "HunyuanVideo15ImageToVideoPipeline": Case(masked=True, on_four=True),
     "HunyuanVideoFramepackPipeline": Case(),
@@ -76,6 +81,7 @@ CASES = {
     "HunyuanVideoPipeline": Case(masked=True),
     "Kandinsky5I2IPipeline": Case(),
     "Kandinsky5T2VPipeline": Case(on_four=True),
+    "Krea2Pipeline": Case(masked=True),
     "LTX2ImageToVideoPipeline": Case(on_four=True),
     "LTXConditionPipeline": Case(),
     "LTXPipeline": Case(),

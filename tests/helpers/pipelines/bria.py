@@ -44,7 +44,8 @@ def bria_fibo(name: str, **inputs: Any) -> Tiny:
 
     def get_prompt_embeds(prompt: list[str], **_: Any) -> Any:
         seed = len(prompt[0])
-        return normal(1, 5, 16, seed=seed), [normal(1, 5, 8, seed=i) for i in range(6)], torch.ones(1, 5)
+        mask = torch.tensor([[1.0, 1.0, 1.0, 1.0, float(seed > 0)]])  # an empty prompt is padded
+        return normal(1, 5, 16, seed=seed), [normal(1, 5, 8, seed=i) for i in range(6)], mask
 
     pipe.get_prompt_embeds = get_prompt_embeds
     return Tiny(pipe, {"prompt": "{}", "guidance_scale": 1.0, **inputs}, {"negative_prompt": "", "guidance_scale": 4.0})
