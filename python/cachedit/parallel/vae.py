@@ -107,11 +107,6 @@ def check_tiles(vae: Any, group: dist.ProcessGroup | None) -> None:
     Raises:
         ValueError: See :func:`share_tiles`.
     """
-    """Whether the tiles of a VAE can be shared out. Changes nothing.
-
-    Raises:
-        ValueError: See :func:`share_tiles`.
-    """
     name = type(vae).__name__
     if not any(base.__name__ in SUPPORTED for base in type(vae).__mro__):
         raise ValueError(f"vae must be one of {', '.join(SUPPORTED)}, got {name}")
