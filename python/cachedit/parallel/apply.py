@@ -100,11 +100,8 @@ def prepare_parallelism(
     """
     config.validate()
     sizes = config.sizes(dist.get_world_size(group))
-    if sizes.ring > 1 and config.attention_backend not in (None, *LSE_BACKENDS):
-        raise ValueError(
-            f"attention_backend must be one of {', '.join(LSE_BACKENDS)} for ring attention, "
-            f"got {config.attention_backend!r}"
-        )
+    if config.attention_backend is not None:
+        _check_backend(config.attention_backend, sizes)
     extra = find_extra(pipe, config.extra_parallel_modules)
     others = [item for item in extra if item.kind != "controlnet"]
     for item in others:
@@ -122,6 +119,15 @@ def prepare_parallelism(
             )
         rows.append((transformer, row if sizes.sequence > 1 else None))
     return Parallelism(config, sizes, group, rows, others)
+
+
+def _check_backend(name: str, sizes: Sizes) -> None:
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    names = LSE_BACKENDS if sizes.ring > 1 else [backend.value for backend in AttentionBackendName]
+    if name not in names:
+        for_ring = " for ring attention" if sizes.ring > 1 else ""
+        raise ValueError(f"attention_backend must be one of {', '.join(names)}{for_ring}, got {name!r}")
 
 
 def _check_shards(module: nn.Module, shards: int, check: Callable[..., None], *args: Any) -> None:
@@ -178,7 +184,7 @@ def _split(
     pieces = Pieces(groups.sequence)
     undo.append(hook_plan(transformer, row.plan, pieces))
     modules = attention_modules(transformer, row)
-    attention = SequenceAttention(groups, config, pieces, config.attention_backend or _backend_of(modules))
+    attention = SequenceAttention(groups, config, pieces, _backend_of(modules))
     undo.append(parallelise_attention(modules, attention))
 
 
