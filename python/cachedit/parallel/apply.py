@@ -15,7 +15,7 @@ from .attention import LSE_BACKENDS, SequenceAttention
 from .config import ParallelismConfig, Sizes
 from .extra import Extra, find_extra
 from .groups import Groups
-from .plans import ContextPlan, attention_modules, find_plan
+from .plans import UNSPLIT, ContextPlan, attention_modules, find_plan
 from .processors import parallelise_attention
 from .split import Pieces, hook_plan
 from .tensor import check_tensor_parallel, shard_transformer
@@ -113,9 +113,10 @@ def prepare_parallelism(
             _check_shards(transformer, sizes.tp, check_tensor_parallel, transformer, sizes.tp)
         row = find_plan(transformer, config.cp_plan if transformer in transformers else None)
         if sizes.sequence > 1 and row is None:
+            name = type(transformer).__name__
+            reason = UNSPLIT.get(name, "it is not known how to split it; give a cp_plan")
             raise ValueError(
-                f"parallelism_config: it is not known how to split {type(transformer).__name__}; give a cp_plan, or "
-                "use tp_size alone"
+                f"parallelism_config: {name} does not run on split sequences: {reason}; or use tp_size alone"
             )
         rows.append((transformer, row if sizes.sequence > 1 else None))
     return Parallelism(config, sizes, group, rows, others)
@@ -181,7 +182,7 @@ def _split(
     undo: list[Callable[[], None]],
 ) -> None:
     assert groups.sequence is not None
-    pieces = Pieces(groups.sequence)
+    pieces = Pieces(groups.sequence, row.joined)
     undo.append(hook_plan(transformer, row.plan, pieces))
     modules = attention_modules(transformer, row)
     attention = SequenceAttention(groups, config, pieces, _backend_of(modules))

@@ -59,7 +59,7 @@ class SequenceAttention:
         Args:
             q: [B, Lq, H, D], this rank's tokens, all heads.
             k, v: [B, Lk, H, D], the same; their sequence may be another one than q's.
-            mask: None, or over keys: [B, Lk], or one that broadcasts to [B, 1, 1, Lk], of this rank's keys or all.
+            mask: None, or as :meth:`Pieces.mask` takes it.
             local: Attention on one rank, for where no ring is.
             scale: As in ``scaled_dot_product_attention``.
 
@@ -68,14 +68,17 @@ class SequenceAttention:
         """
         sizes = self.pieces.lengths(q.shape[1])
         key_sizes = sizes if k.shape[1] == q.shape[1] else self.pieces.lengths(k.shape[1])
+        count = self.groups.sizes.ulysses
+        members = slice(self.groups.ring_rank * count, (self.groups.ring_rank + 1) * count)
         if mask is not None:
-            mask = self._whole_mask(mask, k.shape[1], key_sizes)
+            mask = self.pieces.mask(mask, sizes, key_sizes)
+            if mask.shape[2] > 1:
+                mask = mask.narrow(2, sum(sizes[: members.start]), sum(sizes[members]))
         attend = local if self.groups.ring is None else functools.partial(self._ring, sizes=key_sizes, scale=scale)
         group = self.groups.ulysses
         if group is None:
             return attend(q, k, v, mask)
-        heads, count = q.shape[2], self.groups.sizes.ulysses
-        members = slice(self.groups.ring_rank * count, (self.groups.ring_rank + 1) * count)
+        heads = q.shape[2]
         if key_sizes == sizes:
             wire = (self.float8, False, self.float8)
             q, k, v = _arrived(begin_scatter_heads([q, k, v], group, sizes[members], wire))
@@ -85,22 +88,6 @@ class SequenceAttention:
             (q,) = _arrived(first)
         out = attend(q, k, v, mask) if q.shape[2] else torch.empty_like(q)
         return _arrived(begin_scatter_sequence([out], group, heads, sizes[members], (self.float8,)))[0]
-
-    def _whole_mask(self, mask: Tensor, length: int, sizes: Sequence[int]) -> Tensor:
-        """A mask over all keys, as [B, 1, 1, L]."""
-        flat = mask.dim() == 2 or mask.shape[1:-1].numel() == 1
-        if not flat:
-            raise ValueError(
-                "attention masks must be over keys alone, [B, L] or [B, 1, 1, L], under sequence parallelism; got "
-                f"{tuple(mask.shape)}"
-            )
-        if mask.shape[-1] == length:
-            mask = self.pieces.gather_mask(mask, sizes)
-        elif mask.shape[-1] != sum(sizes):
-            raise ValueError(
-                f"attention mask must be over {length} keys of this rank or all {sum(sizes)}, got {mask.shape[-1]}"
-            )
-        return mask.reshape(mask.shape[0], 1, 1, -1)
 
     def _ring(
         self,
@@ -178,7 +165,7 @@ def attention_with_lse(
     Args:
         q: [B, Lq, H, D].
         k, v: [B, Lk, H, D].
-        mask: None, or [B, 1, 1, Lk], boolean (True takes part) or added to the scores.
+        mask: None, or [B, 1, 1 or Lq, Lk], boolean (True takes part) or added to the scores.
         scale: Default: 1 / sqrt(D).
         backend: One of ``LSE_BACKENDS``, None for native.
 
@@ -193,7 +180,7 @@ def attention_with_lse(
         return out, lse.squeeze(-1) if lse.dim() == 4 else lse
     if mask is not None and mask.dtype is torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
-    none = None if mask is None else torch.isneginf(mask).all(-1)
+    none = None if mask is None else torch.isneginf(mask).all(-1).transpose(1, 2)  # [B, 1 or Lq, 1]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if q.device.type == "cpu":
         cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
