@@ -11,7 +11,7 @@ demo: setup
 	$(BIN)/cachedit demo --out demo
 
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
@@ -21,6 +21,8 @@ lint: setup
 benchmark: setup
 	$(BIN)/python benchmarks/bench_residual.py --device cpu --mb 1 64
 	$(BIN)/python benchmarks/bench_forecast.py --device cpu --mb 1 64
+	$(BIN)/python benchmarks/bench_ulysses.py --device cpu
+	$(BIN)/python benchmarks/bench_attention.py --device cpu
 	$(BIN)/python benchmarks/bench_engine.py
 
 setup: $(READY)

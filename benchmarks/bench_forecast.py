@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import cachedit_kernels
-from common import Case, options, run
+from common import Case, run_sizes
 
 
 def cases(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
@@ -24,10 +24,11 @@ def cases(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Iterat
     for k in (1, 2, 3):
         ring = torch.randn((k, *shape), device=device).to(dtype)
         others = ladder_forecast(hidden, ring), peer_forecast(hidden, ring)
-        yield Case("residual_forecast", k, k + 2, ours(hidden, ring), *others)
+        floor = (k + 2) * hidden.nbytes
+        yield Case("residual_forecast", dtype, {"k": k}, floor, ours(hidden, ring), *others)
     for k in (4, 6):
         ring = torch.randn((k, *shape), device=device).to(dtype)
-        yield Case("ring_gram", k, k, gram(ring), eager_gram(ring))
+        yield Case("ring_gram", dtype, {"k": k}, ring.nbytes, gram(ring), eager_gram(ring))
 
 
 def ours(hidden: Tensor, ring: Tensor) -> Callable[[], object]:
@@ -74,4 +75,4 @@ def peer_forecast(hidden: Tensor, derivatives: Tensor) -> Callable[[], Tensor] |
 
 
 if __name__ == "__main__":
-    run(options(__doc__), cases)
+    run_sizes(__doc__, cases)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import cachedit_kernels
-from common import Case, options, run
+from common import Case, run_sizes
 
 
 def cases(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
@@ -29,16 +29,18 @@ def cases(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Iterat
     similarity = peer_similarity()
     yield Case(
         "residual_l1",
-        0,
-        3,
+        dtype,
+        {},
+        3 * before.nbytes,
         lambda: cachedit_kernels.residual_l1([before], [after], [anchor]),
         eager_residual_l1,
         similarity and (lambda: similarity(anchor, after - before)),
     )
     yield Case(
         "l1",
-        0,
-        2,
+        dtype,
+        {},
+        2 * before.nbytes,
         lambda: cachedit_kernels.l1([before], [after]),
         eager_l1,
         similarity and (lambda: similarity(before, after)),
@@ -46,8 +48,9 @@ def cases(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Iterat
     for k in (1, 2, 3):
         yield Case(
             "residual_push",
-            k,
-            3,
+            dtype,
+            {"k": k},
+            3 * before.nbytes,
             lambda: cachedit_kernels.residual_push([before], [after], [ring], 1),
             ladder_update(before, after, k),
             peer_update(before, after, k),
@@ -102,4 +105,4 @@ def peer_update(before: Tensor, after: Tensor, k: int) -> Callable[[], object] |
 
 
 if __name__ == "__main__":
-    run(options(__doc__), cases)
+    run_sizes(__doc__, cases)

@@ -11,8 +11,8 @@ import csv
 import datetime
 import platform
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,65 +22,76 @@ from cachedit_kernels.testing.timing import copy_bandwidth, paired_medians
 
 RESULTS = Path(__file__).parent / "results" / "operators.csv"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-COLUMNS = (
-    *("date", "device", "threads", "torch", "triton", "backend", "operator", "dtype", "mb", "k", "floor_mb"),
-    *("ours_ms", "eager_ms", "compile_ms", "peer_ms", "copy_ms", "ours_gbps", "share_of_copy"),
+MACHINE = ("date", "device", "threads", "torch", "triton", "backend")
+FIGURES = (
+    *("floor_mb", "ours_ms", "eager_ms", "compile_ms", "peer_ms", "copy_ms", "ours_gbps", "share_of_copy"),
     *("eager_over_ours", "compile_over_ours", "peer_over_ours"),
 )
-PRINTED = COLUMNS[6:10] + COLUMNS[11:]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row to measure. `floor` is the fewest bytes that must move, in units of one tensor."""
+    """One row to measure. `floor` is the fewest bytes that must move; `labels` are columns that tell rows apart."""
 
     operator: str
-    k: int
+    dtype: torch.dtype
+    labels: Mapping[str, object]
     floor: int
     ours: Callable[[], object]
     eager: Callable[[], object]
     peer: Callable[[], object] | None = None
 
 
-Cases = Callable[[torch.Size, torch.dtype, torch.device], Iterable[Case]]
-
-
-def options(description: str | None) -> argparse.Namespace:
+def parser(description: str | None, csv: Path = RESULTS) -> argparse.ArgumentParser:
+    """The options that all operator benchmarks have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mb", type=float, nargs="+", default=[1, 16, 64, 256], help="MB (2**20 bytes) per tensor")
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["bfloat16", "float32"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--csv", type=Path, default=RESULTS, help="history to add to (default: %(default)s)")
+    parser.add_argument("--csv", type=Path, default=csv, help="history to add to (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=15, help="turns that each candidate takes; medians are reported")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    return parser.parse_args()
+    return parser
 
 
-def run(arguments: argparse.Namespace, cases: Cases) -> None:
-    """Measures `cases(shape, dtype, device)` for every size and dtype, prints a table and adds to the history."""
+def run_sizes(
+    description: str | None, cases: Callable[[torch.Size, torch.dtype, torch.device], Iterable[Case]]
+) -> None:
+    """Measures `cases(shape, dtype, device)` for every size and dtype that is asked for."""
+    options = parser(description)
+    options.add_argument("--mb", type=float, nargs="+", default=[1, 16, 64, 256], help="MB (2**20 bytes) per tensor")
+    options.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["bfloat16", "float32"])
+    arguments = options.parse_args()
+
+    def rows() -> Iterator[Case]:
+        for name in arguments.dtype:
+            for mb in arguments.mb:
+                dtype = DTYPES[name]
+                shape = torch.Size((1, max(1, round(mb * 2**20 / dtype.itemsize / 3072)), 3072))  # FLUX's hidden size
+                for case in cases(shape, dtype, torch.device(arguments.device)):
+                    size = f"{shape.numel() * dtype.itemsize / 2**20:.2f}"
+                    yield replace(case, labels={"mb": size, **case.labels})
+
+    run(arguments, rows(), ("mb", "k"), copy_mb=max(1, min(512, round(4 * max(arguments.mb)))))
+
+
+def run(arguments: argparse.Namespace, cases: Iterable[Case], labels: tuple[str, ...], copy_mb: int = 256) -> None:
+    """Measures the cases, prints a table and adds to the history. `labels` are the cases' own columns."""
     device = torch.device(arguments.device)
-    megabytes = max(1, min(512, round(4 * max(arguments.mb))))
-    bandwidth = copy_bandwidth(device, megabytes, arguments.rounds)
+    bandwidth = copy_bandwidth(device, copy_mb, arguments.rounds)
     print(f"{device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
-    print(f"a copy of {megabytes} MB reads and writes {bandwidth / 1e9:.1f} GB/s")
-    print("  ".join(f"{column:>15}" for column in PRINTED), flush=True)
-    for name in arguments.dtype:
-        for mb in arguments.mb:
-            dtype = DTYPES[name]
-            shape = torch.Size((1, max(1, round(mb * 2**20 / dtype.itemsize / 3072)), 3072))  # FLUX's hidden size
-            for case in cases(shape, dtype, device):
-                row = measure(case, shape, dtype, device, arguments.rounds, compiled=not arguments.no_compile)
-                print("  ".join(f"{row[column]!s:>15}" for column in PRINTED), flush=True)
-                append(arguments.csv, row)
+    print(f"a copy of {copy_mb} MB reads and writes {bandwidth / 1e9:.1f} GB/s")
+    printed = ("operator", "dtype", *labels, *FIGURES[1:])
+    columns = (*MACHINE, "operator", "dtype", *labels, *FIGURES)
+    print("  ".join(f"{column:>15}" for column in printed), flush=True)
+    for case in cases:
+        row = measure(case, device, arguments.rounds, compiled=not arguments.no_compile)
+        row = {column: row.get(column, "") for column in columns}
+        print("  ".join(f"{row[column]!s:>15}" for column in printed), flush=True)
+        append(arguments.csv, row)
     print(f"added to {arguments.csv}", file=sys.stderr)
 
 
-def measure(
-    case: Case, shape: torch.Size, dtype: torch.dtype, device: torch.device, rounds: int, compiled: bool
-) -> dict[str, object]:
-    size = shape.numel() * dtype.itemsize
-    floor_bytes = case.floor * size
-    source = torch.ones(floor_bytes // 2, dtype=torch.uint8, device=device)  # zeros may not have pages of their own
+def measure(case: Case, device: torch.device, rounds: int, compiled: bool) -> dict[str, object]:
+    source = torch.ones(case.floor // 2, dtype=torch.uint8, device=device)  # zeros may not have pages of their own
     target = torch.ones_like(source)
     candidates = {"ours": case.ours, "eager": case.eager, "copy": lambda: target.copy_(source)}
     if compiled:
@@ -103,21 +114,19 @@ def measure(
         "triton": triton_version(),
         "backend": cachedit_kernels.backends()[case.operator][device.type].implementation,
         "operator": case.operator,
-        "dtype": str(dtype).removeprefix("torch."),
-        "mb": f"{size / 2**20:.2f}",
-        "k": case.k or "",
-        "floor_mb": f"{floor_bytes / 2**20:.2f}",
-        "ours_gbps": f"{floor_bytes / ours / 1e9:.1f}",
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "floor_mb": f"{case.floor / 2**20:.2f}",
+        "ours_gbps": f"{case.floor / ours / 1e9:.1f}",
         "share_of_copy": f"{seconds['copy'] / ours:.2f}",
     }
-    return {column: row.get(column, "") for column in COLUMNS}
+    return row | case.labels
 
 
 def append(path: Path, row: dict[str, object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, list(row))
         if new:
             writer.writeheader()
         writer.writerow(row)

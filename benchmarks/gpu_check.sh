@@ -4,7 +4,8 @@
 #     [OUT=folder] [PYTHON=python3] benchmarks/gpu_check.sh [step ...]
 #
 # Steps: build tests operators demo (all of them without arguments). Results go to $OUT if set (logs, operators.csv,
-# demo/), else the CSV to benchmarks/results/. A step that fails does not stop the others; the exit status is then 1.
+# exchange.csv, demo/), else the CSVs to benchmarks/results/. A step that fails does not stop the others; the exit status
+# is then 1.
 set -u
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -14,6 +15,7 @@ logs=${OUT:-$(mktemp -d)}
 mkdir -p "$logs"
 csv=${OUT:+$OUT/operators.csv}
 csv=${csv:-benchmarks/results/operators.csv}
+exchange=$(dirname "$csv")/exchange.csv
 passed=() failed=() skipped=()
 
 step() { # name, command...: runs it, shows and keeps its output
@@ -72,6 +74,9 @@ if wants operators; then
     for operator in residual forecast; do
         step "$operator benchmark" "$python" "benchmarks/bench_$operator.py" --device cuda --mb 1 16 64 256 --csv "$csv"
     done
+    for operator in ulysses attention; do
+        step "$operator benchmark" "$python" "benchmarks/bench_$operator.py" --device cuda --csv "$exchange"
+    done
 fi
 
 if wants demo; then
@@ -83,7 +88,7 @@ if wants demo; then
 fi
 
 echo
-echo "=== summary (logs in $logs, operator figures in $csv)"
+echo "=== summary (logs in $logs, operator figures in $csv and $exchange)"
 for name in "${passed[@]+"${passed[@]}"}"; do echo "passed   $name"; done
 for name in "${skipped[@]+"${skipped[@]}"}"; do echo "skipped  $name"; done
 for name in "${failed[@]+"${failed[@]}"}"; do echo "FAILED   $name"; done

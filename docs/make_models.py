@@ -1,32 +1,36 @@
-"""Writes docs/models.md, the table of all models and pipelines that have been tried.
+"""Writes docs/models.md, the support matrix.
 
-PYTHONPATH=tests/helpers python docs/make_models.py
+python docs/make_models.py
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-from cachedit.models import MODELS, SEPARATE_CFG, UNCOVERED, BlockList, find_transformers
-from pipelines import BUILDERS, Tiny, build
+from cachedit.models import UNCOVERED, matrix_rows
+from cachedit.models.matrix import TITLES
 
 PATH = Path(__file__).with_name("models.md")
 INTRODUCTION = """# Models
 
-Written by `docs/make_models.py` from the model table (`python/cachedit/models/`) and from the small pipelines that its
-rows are tried on (`tests/helpers/pipelines/`); a test fails when it is out of date. All of it works with
-`cachedit.enable_cache(pipe)`; what is not here works with a `BlockAdapter`.
+Written by `docs/make_models.py` from the tables in `python/cachedit/models/`; a test fails when it is out of date, or
+when what it calls tested is not what the tests run (`tests/helpers/pipelines/`). `cachedit models` prints it, and
+`cachedit.supported_matrix()` returns it. What is tested works with `cachedit.enable_cache(pipe)`. Of pipelines that are
+not, only the transformer is known to work. What is not here is learnt from its first forward, or works with a
+`BlockAdapter`.
 
 ## What a row says
 
     "AuraFlowTransformer2DModel": _separate(B("joint_transformer_blocks", P1), B("single_transformer_blocks", P3)),
 
 The transformer's block lists in calling order, each with its forward pattern, and whether they share a decision. Lists
-that carry the same streams do (*linked*: a reused step skips the later lists whole). Where streams are joined or split
-between two lists, each decides for itself. Blocks that call their streams otherwise than `hidden_states` and
-`encoder_hidden_states` have the names in the row.
+that carry the same streams do (*linked*, `+` below: a reused step skips the later lists whole). Where streams are
+joined or split between two lists (`;` below), each decides for itself. Blocks that call their streams otherwise than
+`hidden_states` and `encoder_hidden_states` have the names in the row.
+
+Transformers without a pipeline, at the end, are those that diffusers runs in modular pipelines only; the tests run them
+in a loop of their own.
 
 What a loop does between the calls of its blocks needs no row: what ControlNets, face adapters and per-block text add
 is part of the stored residual while it falls into the body, and is added as ever after it. HunyuanDiT's long skip
@@ -36,62 +40,73 @@ connections reach from the first blocks to the last: with it, `Bn_compute_blocks
 ## Guidance
 
 *One batch*: all branches in one call. *Named*: one call per branch, inside of `cache_context(name)`. *In turn*: one
-call per branch, told apart by their order; a request without guidance is known by its second timestep.
+call per branch, told apart by their order; a request without guidance is known by its second timestep. *None*: there is
+only one branch.
 
 ## Adding a model
 
-1. Find the loops over block lists in the transformer's `forward`; read off the pattern from what a block takes and
-   returns (README). Do the streams go on unchanged from list to list? Then they are linked.
-2. Add the row to `python/cachedit/models/table.py`. If the pipeline calls its transformer once per branch without
-   `cache_context`, or its transformer has another name, add it to `python/cachedit/models/pipelines.py` as well.
-3. Add a builder to `tests/helpers/pipelines/`: the real pipeline with a small transformer, four blocks per list.
-4. `pytest tests/cachedit/models -k NewPipeline`: nothing reusable is the baseline bit for bit; a mask does what plain
-   forward hooks do; branches do not mix; requests of other sizes and lengths in between change nothing.
+Ten lines in three files. `InventedTransformer` is a model from elsewhere; the test that runs these very lines has it in
+`tests/helpers/invented.py`.
+
+A row in `python/cachedit/models/table.py`. Find the loops over block lists in the transformer's `forward`, and read off
+the pattern from what a block takes and returns (README): here hidden states and encoder states, of which it returns the
+first. Lists go in calling order, into `_linked(...)` if their streams go on unchanged from list to list.
+
+```python
+"InventedTransformer": _separate(B("blocks", P2)),
+```
+
+A row in `python/cachedit/models/pipelines.py`: how guidance calls the transformer. If the pipeline has it under another
+name than `transformer`, `DENOISERS` says so.
+
+```python
+"InventedPipeline": P("InventedTransformer", IN_TURN),
+```
+
+A small pipeline to try it on, in a file of `tests/helpers/pipelines/`: the real classes, random weights, four blocks
+per list, and how to call it, without and with guidance.
+
+```python
+from invented import InventedPipeline, InventedTransformer
+from pipelines.common import Tiny, builds, flow, normal
+
+
+@builds("InventedPipeline")
+def _() -> Tiny:
+    pipe = InventedPipeline(InventedTransformer(num_layers=4), flow())
+    prompt = {"prompt_embeds": normal(1, 5, 16)}
+    negative = {"negative_prompt_embeds": normal(1, 5, 16, seed=1)}
+    return Tiny(pipe, prompt, negative, branches=2)
+```
+
+Then `pytest tests/cachedit/models -k InventedPipeline` proves it: nothing reusable is the baseline bit for bit; a mask
+does what plain forward hooks do; branches do not mix; requests of other sizes and lengths in between change nothing.
+`python docs/make_models.py` adds it below.
+
+Where a loop does more than call its blocks, and what it does would be lost with them, the row names a `PatchFunctor`.
 """
 
 
 def render() -> str:
     """The text of docs/models.md."""
-    rows = [row(name, build(name)) for name in sorted(BUILDERS, key=str.lower)]
+    rows = list(matrix_rows())
+    tested = sum(row.pipeline != "" and row.tested == "yes" for row in rows)
     parts = [
         INTRODUCTION,
-        f"## Pipelines\n\n{len({row[0] for row in rows})} classes.\n",
-        *lines(("pipeline", "variant", "transformer", "guidance"), rows),
-        "\n## Transformers\n",
-        *lines(("transformer", "block lists", "decisions"), sorted(transformers())),
+        f"## Pipelines\n\n{tested} classes are tested.\n",
+        *lines(TITLES, ((code(row.pipeline), code(row.transformer), *row[2:]) for row in rows)),
         "\n## Not in the table\n",
-        *lines(("transformer", "reason"), sorted((f"`{name}`", reason) for name, reason in UNCOVERED.items())),
+        *lines(("transformer", "reason"), sorted((code(name), reason) for name, reason in UNCOVERED.items())),
     ]
     return "\n".join(parts) + "\n"
 
 
-def row(name: str, tiny: Tiny) -> tuple[str, ...]:
-    """One pipeline."""
-    pipeline, _, variant = name.partition(" + ")
-    classes = sorted({type(module).__name__ for module in find_transformers(tiny.pipe)})
-    if tiny.branches > 1:
-        guidance = "in turn" if pipeline in SEPARATE_CFG else "named"
-    else:
-        guidance = "one batch" if tiny.guided else ""
-    return f"`{pipeline}`", variant, ", ".join(f"`{name}`" for name in classes), guidance
+def code(name: str) -> str:
+    """A name, set as code."""
+    return f"`{name}`" if name else ""
 
 
-def transformers() -> Iterator[tuple[str, ...]]:
-    """One row per transformer."""
-    for name, entry in MODELS.items():
-        blocks = [describe(item) for group in entry.sections for item in group]
-        count = len(entry.sections)
-        yield f"`{name}`", ", ".join(blocks), "linked" if count < len(blocks) else "separate" if count > 1 else ""
-
-
-def describe(item: BlockList) -> str:
-    """A block list, its pattern, and what its blocks call their streams where that is unusual."""
-    usual = BlockList(item.name, item.pattern).streams
-    names = [given for given, name in zip(item.streams, usual, strict=True) if given != name]
-    return f"`{item.name}` {item.pattern.name[-1]}" + (f" ({', '.join(names)})" if names else "")
-
-
-def lines(titles: tuple[str, ...], rows: Any) -> Iterator[str]:
+def lines(titles: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
     """A markdown table."""
     yield "| " + " | ".join(titles) + " |"
     yield "|" + "---|" * len(titles)

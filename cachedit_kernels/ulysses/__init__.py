@@ -8,14 +8,17 @@ from cachedit_kernels.ulysses.exchange import (
     quantized_all_to_all_output,
 )
 from cachedit_kernels.ulysses.op import Quantized, ulysses_pack, ulysses_unpack
+from cachedit_kernels.ulysses.transport import Transport, transport
 
 __all__ = [
     "Exchange",
     "Quantized",
+    "Transport",
     "begin_scatter_heads",
     "begin_scatter_sequence",
     "quantized_all_to_all",
     "quantized_all_to_all_output",
+    "transport",
     "ulysses_pack",
     "ulysses_unpack",
 ]

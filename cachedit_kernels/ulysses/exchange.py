@@ -2,7 +2,8 @@
 
 All split sizes follow from the global sequence length and the number of heads, so that nothing is sent beforehand to
 agree on them. Works with every backend that has all_to_all_single for bytes (NCCL; gloo on CPU), and under
-`torch.compile`.
+`torch.compile`. Where ranks can address each other's memory, packing writes there and takes the all-to-all's place
+(transport.py chooses, symmetric.py does it).
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
 from cachedit_kernels import _checks
+from cachedit_kernels.ulysses import symmetric
 from cachedit_kernels.ulysses.layout import HEADS, SEQUENCE, even_splits, layout
-from cachedit_kernels.ulysses.op import Quantized, ulysses_pack, ulysses_unpack
+from cachedit_kernels.ulysses.op import Quantized, grouped, ulysses_pack, ulysses_unpack
+from cachedit_kernels.ulysses.transport import chosen
 
 
 def quantized_all_to_all(
@@ -97,20 +100,31 @@ class Exchange:
     ) -> None:
         """`scatter` and `gather` are a dimension and the ranks' sizes along it."""
         like = tensors[0]
-        buffer = ulysses_pack(tensors, scatter[1], scatter[0], float8)
-        sent = layout(like.shape, scatter[1], scatter[0], like.element_size(), float8)
         shape = list(like.shape)
         shape[scatter[0]] = scatter[1][dist.get_rank(group)]
         shape[gather[0]] = sum(gather[1])
-        received = layout(shape, gather[1], gather[0], like.element_size(), float8)
         self._unpack = (shape, gather[1], gather[0], like.dtype, float8, dequantize)
-        self._buffer = funcol.all_to_all_single(
-            buffer, [block.nbytes for block in received], [block.nbytes for block in sent], group
-        )
+        self._symmetric = chosen(group.group_name, like.device).name == "symmetric"
+        if self._symmetric:
+            self._where = (like.device, group.group_name)
+            self._sent = symmetric.send(tensors, scatter[1], scatter[0], gather[1], gather[0], float8, group.group_name)
+        else:
+            buffer = ulysses_pack(tensors, scatter[1], scatter[0], float8)
+            sent = layout(like.shape, scatter[1], scatter[0], like.element_size(), float8)
+            received = layout(shape, gather[1], gather[0], like.element_size(), float8)
+            self._sent = funcol.all_to_all_single(
+                buffer, [block.nbytes for block in received], [block.nbytes for block in sent], group
+            )
 
     def wait(self) -> list[Tensor | Quantized]:
-        """What has arrived. On GPUs the current stream waits for it, not the host."""
-        return ulysses_unpack(funcol.wait_tensor(self._buffer), *self._unpack)
+        """What has arrived; to be called once. On GPUs the current stream waits for it, not the host.
+
+        Ranks that write into each other's memory wait for several exchanges in one order, as they have begun them.
+        """
+        if self._symmetric:
+            arrays = symmetric.receive(self._sent, *self._unpack, *self._where)
+            return grouped(arrays, *self._unpack[-2:])
+        return ulysses_unpack(funcol.wait_tensor(self._sent), *self._unpack)
 
 
 def begin_scatter_heads(

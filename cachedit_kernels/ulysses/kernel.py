@@ -204,8 +204,40 @@ def ulysses_pack(tensors: Sequence[Tensor], splits: Sequence[int], scatter_dim: 
     like = tensors[0]
     blocks = layout(like.shape, splits, scatter_dim, like.element_size(), float8)
     buffer = torch.empty(buffer_bytes(blocks), dtype=torch.uint8, device=like.device)
-    if buffer.numel() == 0:
-        return buffer
+    _launch_pack(tensors, blocks, scatter_dim, float8, buffer)
+    return buffer
+
+
+def ulysses_pack_into(
+    tensors: Sequence[Tensor],
+    splits: Sequence[int],
+    scatter_dim: int,
+    float8: Sequence[bool],
+    buffers: Sequence[Tensor],
+    offsets: Sequence[int],
+) -> None:
+    """The same blocks in the same launch, each in a buffer of its own: peer p's at byte `offsets[p]` of `buffers[p]`.
+
+    Buffers are uint8, not empty, and this device can write to them; they and the offsets are aligned to 16 bytes. The
+    kernel is not aware of it: all addresses are told as distances from the first buffer.
+    """
+    like = tensors[0]
+    blocks = layout(like.shape, splits, scatter_dim, like.element_size(), float8)
+    base = buffers[0].data_ptr()
+    placed = tuple(
+        block._replace(offset=buffer.data_ptr() + offset - base)
+        for block, buffer, offset in zip(blocks, buffers, offsets, strict=True)
+    )
+    _launch_pack(tensors, placed, scatter_dim, float8, buffers[0])
+
+
+def _launch_pack(
+    tensors: Sequence[Tensor], blocks: tuple[Block, ...], scatter_dim: int, float8: Sequence[bool], buffer: Tensor
+) -> None:
+    """Writes each block at its offset from the buffer's start."""
+    if buffer_bytes(blocks) == 0:
+        return
+    like = tensors[0]
     ready = [with_adjacent_columns(tensor) for tensor in tensors]
     quantised = tuple(tensor for tensor, is_quantised in zip(ready, float8, strict=True) if is_quantised)
     plain = tuple(tensor for tensor, is_quantised in zip(ready, float8, strict=True) if not is_quantised)
@@ -225,7 +257,6 @@ def ulysses_pack(tensors: Sequence[Tensor], splits: Sequence[int], scatter_dim: 
             ELEMENT_SIZE=like.element_size(),
             **sizes,
         )
-    return buffer
 
 
 def ulysses_unpack(

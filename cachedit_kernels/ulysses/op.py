@@ -72,7 +72,12 @@ def ulysses_unpack(
     Raises:
         RuntimeError: naming the argument, what was expected and what came.
     """
-    tensors = iter(_ulysses_unpack(buffer, shape, splits, gather_dim, dtype, float8, dequantize))
+    return grouped(_ulysses_unpack(buffer, shape, splits, gather_dim, dtype, float8, dequantize), float8, dequantize)
+
+
+def grouped(arrays: Sequence[Tensor], float8: Sequence[bool], dequantize: bool) -> list[Tensor | Quantized]:
+    """What operators return one after the other, as one per tensor."""
+    tensors = iter(arrays)
     return [
         Quantized(next(tensors), next(tensors)) if quantised and not dequantize else next(tensors)
         for quantised in float8
@@ -85,7 +90,7 @@ def _ulysses_pack_fake(tensors: list[Tensor], splits: list[int], scatter_dim: in
     return tensors[0].new_empty(buffer_bytes(blocks), dtype=torch.uint8)
 
 
-def _ulysses_unpack_fake(
+def ulysses_unpack_fake(
     buffer: Tensor,
     shape: list[int],
     splits: list[int],
@@ -111,5 +116,5 @@ _ulysses_pack = define(
 _ulysses_unpack = define(
     "ulysses_unpack(Tensor buffer, SymInt[] shape, SymInt[] splits, int gather_dim, ScalarType dtype, bool[] float8, "
     "bool dequantize=True) -> Tensor[]",
-    _ulysses_unpack_fake,
+    ulysses_unpack_fake,
 )

@@ -216,7 +216,8 @@ def plan_for(transformer: nn.Module, pipe: Any = None) -> TransformerPlan:
         for group in entry.sections
     ]
     separate = calls_branches_in_turn(pipe)
-    return TransformerPlan(transformer, sections, True, separate, [None] * sum(map(len, sections)))
+    patch = None if entry.patch is None else entry.patch()
+    return TransformerPlan(transformer, sections, True, separate, [None] * sum(map(len, sections)), patch)
 
 
 def plan_or_learn(transformer: nn.Module, pipe: Any = None) -> TransformerPlan:

@@ -23,7 +23,7 @@ from torch import nn
 from .blocks import Guard, Link, Section, Site, current_run, onload_group
 from .context import SectionState
 from .metric import Measured
-from .pattern import check_shapes
+from .pattern import check_object, check_shapes
 from .policy import Decision
 
 __all__ = ["SectionRun"]
@@ -41,6 +41,7 @@ class SectionRun:
         "head_encoder",
         "inputs",
         "keep",
+        "object",
         "outputs",
         "reuse",
         "section",
@@ -53,7 +54,8 @@ class SectionRun:
         self.state = state
         self.before: torch.Tensor | None = None
         self.head_encoder: torch.Tensor | None = None
-        self.streams: tuple[torch.Tensor, torch.Tensor | None] | None = None  # the body's inputs, as they came
+        self.object: Any = None  # what the head returned in the encoder's place, where that is no tensor
+        self.streams: tuple[torch.Tensor, Any] | None = None  # what a skipped block hands on: the body's inputs
         self.inputs: list[torch.Tensor] = []  # the same, safe from being written to
         self.outputs: list[torch.Tensor] = []
         self.guard = Guard(section)
@@ -75,7 +77,7 @@ class SectionRun:
         if hidden.requires_grad or (encoder is not None and encoder.requires_grad):
             self.bypassed = True
             return
-        self.streams = (hidden, encoder)
+        self.streams = (hidden, self.object if encoder is None else encoder)
         self.decided = True
         decision, self.diff = self.state.decide(Measured(self.before, hidden, current_run().signal), streams)
         self.before = None  # nothing is held longer than it is needed: tensors are large
@@ -86,11 +88,15 @@ class SectionRun:
             self.inputs = [self.guard(tensor) for tensor in streams]
             self.keep = True
 
-    def leave(self, block: nn.Module, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
-        """The body has returned these streams, its last block being ``block``: store its residual."""
+    def leave(self, block: nn.Module, hidden: torch.Tensor, second: Any) -> None:
+        """The body has returned these, its last block being ``block``: store its residual."""
         if not self.keep:
             return
-        outputs = [hidden] if encoder is None else [hidden, encoder]
+        outputs = [hidden]
+        if isinstance(second, torch.Tensor):
+            outputs.append(second)
+        else:
+            check_object(block, second, self.object)
         self.inputs = self.inputs[: len(outputs)]  # the last block may drop the encoder's stream (SD3)
         check_shapes(block, self.inputs, outputs)
         if self.section.in_place is None:
@@ -99,11 +105,11 @@ class SectionRun:
         self.keep = False
         self.inputs, self.streams = [], None
 
-    def finish(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def finish(self) -> tuple[torch.Tensor, Any]:
         """Give out the forecast of a reused step."""
         outputs = self.outputs
         self.outputs, self.streams = [], None
-        return outputs[0], outputs[1] if len(outputs) == 2 else None
+        return outputs[0], outputs[1] if len(outputs) == 2 else self.object
 
     def close(self) -> None:
         """The forward has ended without an error: a step that was neither reused nor stored is still a step."""
@@ -119,7 +125,7 @@ class SectionRun:
             return
         pattern = link.signature.pattern
         for i in range(min(first, count)):
-            if i == first - 1 and pattern.Forward_H_only and not pattern.Return_H_Only:
+            if i == first - 1 and not pattern.Return_H_Only:
                 yield _HeadEnd(blocks[i], self, link)
             elif i + link.offset == 0:
                 yield _Open(blocks[i], self, link)
@@ -150,7 +156,7 @@ class _Open(Site):
 
 
 class _HeadEnd(Site):
-    """Last head block where the encoder stream is only returned, never taken (patterns 4 and 5)."""
+    """Last head block, where it returns two values: the second may be known from nowhere else."""
 
     __slots__ = ()
 
@@ -158,7 +164,12 @@ class _HeadEnd(Site):
         if self.run.before is None:
             self.run.open(self.hidden(args, kwargs))
         output = self.block(*args, **kwargs)
-        _, self.run.head_encoder = self.link.signature.pattern.unpack(self.block, output)
+        pattern = self.link.signature.pattern
+        _, second = pattern.unpack(self.block, output)
+        if not isinstance(second, torch.Tensor):
+            self.run.object = second
+        elif pattern.Forward_H_only:  # else the body is given it
+            self.run.head_encoder = second
         return output
 
 
@@ -217,6 +228,7 @@ class _Edge(Site):
             run.leave(self.block, *pattern.unpack(self.block, output))
         return output
 
-    def _encoder(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _encoder(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
         forward_h_only = self.link.signature.pattern.Forward_H_only
-        return self.run.head_encoder if forward_h_only else self.encoder(args, kwargs)
+        given = self.run.head_encoder if forward_h_only else self.encoder(args, kwargs)
+        return given if isinstance(given, torch.Tensor) else None

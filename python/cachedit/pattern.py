@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["BlockSignature", "ForwardPattern", "check_outputs", "check_shapes", "fits"]
+__all__ = ["BlockSignature", "ForwardPattern", "check_object", "check_outputs", "check_shapes", "fits"]
 
 H, E = "hidden_states", "encoder_hidden_states"
 
@@ -28,6 +28,9 @@ class ForwardPattern(Enum):
     Pattern_4 hidden            (hidden, encoder)
     Pattern_5 hidden            (encoder, hidden)
     ========= ================= =================
+
+    In the place of the encoder stream blocks may return None, or an object that is no tensor (a key-value cache), if
+    all return the same one: a reused step hands it on.
     """
 
     Pattern_0 = ((H, E), (H, E))
@@ -50,14 +53,14 @@ class ForwardPattern(Enum):
         """Return all patterns."""
         return list(ForwardPattern)
 
-    def pack(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> Any:
+    def pack(self, hidden: torch.Tensor, encoder: Any) -> Any:
         """Put the two streams in the form that a block of this pattern returns."""
         if self.Return_H_Only:
             return hidden
         return (hidden, encoder) if self.Return_H_First else (encoder, hidden)
 
-    def unpack(self, block: nn.Module, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Take a block's output apart.
+    def unpack(self, block: nn.Module, output: Any) -> tuple[torch.Tensor, Any]:
+        """Take a block's output apart, into the hidden stream and what is in the place of the encoder stream.
 
         Raises:
             TypeError: If the output does not have this pattern's form; names the block and the patterns that have it.
@@ -67,7 +70,7 @@ class ForwardPattern(Enum):
                 return output, None
         elif isinstance(output, (tuple, list)) and len(output) == 2:
             hidden, encoder = output if self.Return_H_First else (output[1], output[0])
-            if isinstance(hidden, torch.Tensor) and (encoder is None or isinstance(encoder, torch.Tensor)):
+            if isinstance(hidden, torch.Tensor):
                 return hidden, encoder
         fitting = _suggest(_streams_of(block) or self.In, _count_outputs(output))
         raise TypeError(
@@ -131,6 +134,16 @@ def fits(block: nn.Module, pattern: ForwardPattern, outputs: bool) -> bool:
     """Whether a block's parameters and, with ``outputs``, its return annotation go with a pattern."""
     annotated = _annotated_outputs(block) if outputs else None
     return set(pattern.In) <= set(_streams_of(block)) and annotated in (None, len(pattern.Out))
+
+
+def check_object(block: nn.Module, found: Any, known: Any) -> None:
+    """Raise a TypeError if a block returned another object than the one that a reused step would hand on."""
+    if found is not known:
+        raise TypeError(
+            f"forward_pattern: in the place of encoder_hidden_states {describe_block(block)} returned a "
+            f"{type(found).__name__} that is not the {type(known).__name__} of the blocks before it; a skipped block "
+            "can only hand on what it was given"
+        )
 
 
 def check_shapes(block: nn.Module, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:

@@ -17,7 +17,7 @@ from .calibrator import CalibratorConfig
 from .config import DBPruneConfig
 from .context import State
 from .metric import relative
-from .pattern import check_shapes
+from .pattern import check_object, check_shapes
 from .policy import Decision
 from .store import ResidualStore, allocate
 
@@ -195,7 +195,9 @@ class PruneRun:
         self.section = section
         self.state = state
         self.guard = Guard(section)
-        self.encoder: torch.Tensor | None = None  # newest encoder stream of patterns that only return it
+        # What the newest block returned in the encoder's place: that stream, or an object that is no tensor.
+        self.encoder: torch.Tensor | None = None
+        self.object: Any = None
         self.opened = False
         self.wrote = False
         self.bypassed = False
@@ -208,7 +210,7 @@ class PruneRun:
                 continue
             if self.opened and number - 1 in self.state.pruned:
                 onload_group(block)
-            if pattern.Forward_H_only and not pattern.Return_H_Only:
+            if not pattern.Return_H_Only:
                 yield _Tracked(block, self, link)
             else:
                 yield block
@@ -218,17 +220,26 @@ class PruneRun:
             self.section.in_place = self.wrote
         self.state.close(self.section.total, self.opened)
 
+    def track(self, block: nn.Module, second: Any) -> None:
+        """Note what a block returned in the place of the encoder stream."""
+        self.encoder = second if isinstance(second, torch.Tensor) else None
+        if self.encoder is None:
+            if self.object is not None:
+                check_object(block, second, self.object)
+            self.object = second
+
     def call(self, site: Site, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute or prune one block."""
         block, state, pattern = site.block, self.state, site.link.signature.pattern
         hidden = site.hidden(args, kwargs)
         encoder = self.encoder if pattern.Forward_H_only else site.encoder(args, kwargs)
-        unknown = pattern.Forward_H_only and not pattern.Return_H_Only and encoder is None
+        encoder = encoder if isinstance(encoder, torch.Tensor) else None
+        unknown = pattern.Forward_H_only and not pattern.Return_H_Only and encoder is None and self.object is None
         streams = [hidden] if encoder is None or pattern.Return_H_Only else [hidden, encoder]
         self.bypassed = self.bypassed or any(stream.requires_grad for stream in streams)
         if self.bypassed or unknown:
             output = block(*args, **kwargs)
-            self.encoder = pattern.unpack(block, output)[1]
+            self.track(block, pattern.unpack(block, output)[1])
             return output
         if not self.opened:
             state.open(streams)
@@ -237,13 +248,14 @@ class PruneRun:
         if pruned is not None:
             outputs = pruned
             self.encoder = outputs[1] if len(outputs) == 2 else None
-            return pattern.pack(outputs[0], self.encoder)
+            return pattern.pack(outputs[0], self.object if self.encoder is None else self.encoder)
         if number - 1 in state.pruned:
             onload_group(block)
         state.keep_input(number, hidden)
         inputs = [self.guard(stream) for stream in streams]
         output = block(*args, **kwargs)
-        hidden, self.encoder = pattern.unpack(block, output)
+        hidden, second = pattern.unpack(block, output)
+        self.track(block, second)
         outputs = [hidden] if self.encoder is None else [hidden, self.encoder]
         check_shapes(block, inputs, outputs)
         self.wrote = self.guard.compare() or self.wrote
@@ -263,11 +275,11 @@ class _Prunable(Site):
 
 
 class _Tracked(Site):
-    """A block that is always computed, where the encoder stream is only returned, never taken (patterns 4 and 5)."""
+    """A block that is always computed, where it returns two values: the second may be known from nowhere else."""
 
     __slots__ = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self.block(*args, **kwargs)
-        _, self.run.encoder = self.link.signature.pattern.unpack(self.block, output)
+        self.run.track(self.block, self.link.signature.pattern.unpack(self.block, output)[1])
         return output

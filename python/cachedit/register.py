@@ -10,7 +10,8 @@ from typing import Any, ClassVar, TypeVar
 from torch import nn
 
 from .adapter import BlockAdapter, TransformerPlan, plan_for
-from .models import MODELS, find_entry, find_transformers
+from .models import PIPELINES, find_entry, find_transformers, matrix_rows
+from .models.matrix import TITLES
 
 __all__ = ["BlockAdapterRegister", "get_adapter", "supported_matrix", "supported_pipelines"]
 
@@ -105,8 +106,8 @@ class BlockAdapterRegister:
 
     @classmethod
     def supported_pipelines(cls, **kwargs: Any) -> tuple[int, list[str]]:
-        """Return how many names are known, and the names: registered ones, then the model table's classes."""
-        names = list(dict.fromkeys([*cls._factories, *MODELS]))
+        """Return how many pipelines are known, and their names: registered ones, then those of the pipeline table."""
+        names = list(dict.fromkeys([*cls._factories, *PIPELINES]))
         return len(names), names
 
 
@@ -116,20 +117,18 @@ def get_adapter(pipe: Any) -> BlockAdapter | None:
 
 
 def supported_pipelines(**kwargs: Any) -> tuple[int, list[str]]:
-    """Return how many pipelines and models are known, and their names (beginnings of class names)."""
+    """Return how many pipelines are known, and their names: :meth:`BlockAdapterRegister.supported_pipelines`."""
     return BlockAdapterRegister.supported_pipelines(**kwargs)
 
 
 def supported_matrix() -> str:
-    """Return a markdown table of the models that are known: block lists with their patterns, one decision per cell."""
-    lines = ["| model | block lists |", "|---|---|"]
-    for name in supported_pipelines()[1]:
-        cell = "registered"
-        if name not in BlockAdapterRegister._factories:
-            groups = (" + ".join(f"`{i.name}` {i.pattern.name}" for i in group) for group in MODELS[name].sections)
-            cell = "; ".join(groups)
-        lines.append(f"| {name} | {cell} |")
-    return "\n".join(lines)
+    """Return a markdown table with one line per pipeline: transformer, block lists with patterns, guidance, tested.
+
+    What users have registered comes first. ``cachedit.models.matrix_rows`` gives the other rows as data.
+    """
+    registered = [(name, "", "registered", "", "") for name in BlockAdapterRegister._factories]
+    rule = ("---",) * len(TITLES)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (TITLES, rule, *registered, *matrix_rows()))
 
 
 def _uncompiled(target: Any) -> Any:

@@ -5,7 +5,7 @@ from torch import nn
 import cachedit
 from cachedit import BlockAdapter, BlockAdapterRegister, DBCacheConfig, ForwardPattern, ParamsModifier
 from cachedit.adapter import plan_for
-from cachedit.models import MODELS
+from cachedit.models import MODELS, PIPELINES
 from toys import Toy, call_flux, make_toy, run_toy, tiny_flux, tiny_flux_pipeline
 
 P = ForwardPattern
@@ -153,12 +153,24 @@ def test_what_is_supported():
     assert BlockAdapterRegister.is_supported(tiny_flux()) and not BlockAdapterRegister.is_supported(make_toy())
     assert cachedit.get_adapter(make_toy()) is None and cachedit.get_adapter(object()) is None
     count, names = cachedit.supported_pipelines()
-    assert count == len(names) == len(MODELS) and set(names) == set(MODELS)
-    assert "| FluxTransformer2DModel | `transformer_blocks` Pattern_1 + " in cachedit.supported_matrix()
+    assert count == len(names) == len(PIPELINES) and set(names) == set(PIPELINES)
     register("Toy")
     assert BlockAdapterRegister.is_supported(make_toy())
     assert cachedit.supported_pipelines() == (count + 1, ["Toy", *names])
-    assert "| Toy | registered |" in cachedit.supported_matrix()
+    assert "| Toy |  | registered |  |  |" in cachedit.supported_matrix()
+
+
+def test_matrix_has_a_line_per_pipeline():
+    lines = cachedit.supported_matrix().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0] == ["pipeline", "transformer", "block lists", "guidance", "tested"]
+    assert [row[0] for row in cells[2:] if row[0]] == cachedit.supported_pipelines()[1]
+    assert {row[1] for row in cells[2:]} == set(MODELS)
+    blocks = "transformer_blocks 1 + single_transformer_blocks 1"
+    assert ["FluxPipeline", "FluxTransformer2DModel", blocks, "named", "yes"] in cells
+    blocks = "joint_transformer_blocks 1; single_transformer_blocks 3"
+    assert ["AuraFlowPipeline", "AuraFlowTransformer2DModel", blocks, "one batch", "yes"] in cells
+    assert ["EasyAnimateInpaintPipeline", "EasyAnimateTransformer3DModel", "transformer_blocks 0", "", "no"] in cells
 
 
 def test_not_registered_where_it_says_so():

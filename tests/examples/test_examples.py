@@ -21,6 +21,14 @@ def test_custom_pipeline(tmp_path):
     assert run("custom_pipeline.py", tmp_path).count("| Denoiser.blocks | default | 28 ") == 2
 
 
+def test_bagel_shape(tmp_path):
+    text = run("bagel_shape.py", tmp_path)
+    for branch in ("cond  ", "uncond"):  # 28 steps each, 18 of them reused
+        assert f"| Backbone.layers | {branch} | 28    | 18 " in text
+    error = float(text.partition("against the uncached run: ")[2].split()[0])
+    assert 1e-5 < error < 0.05
+
+
 def test_embedded_model(tmp_path):
     text = run("embedded_model.py", tmp_path)
     assert "| cond   | 28    | 17 " in text

@@ -44,3 +44,16 @@ def run(
     from . import script as command
 
     raise typer.Exit(command.run(str(script), arguments or []))
+
+
+@app.command()
+def models(
+    filter: Annotated[str, typer.Option(help="Part of the name of a pipeline or transformer.")] = "",
+) -> None:
+    """List the pipelines that are supported: transformer, block lists, guidance, and whether the tests run them."""
+    from . import models as command
+
+    try:
+        command.run(filter)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--filter") from error

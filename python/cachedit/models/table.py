@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ..patch_functor import PatchFunctor
 from ..pattern import ForwardPattern
+from .patches import LattePatch
 
 __all__ = ["MODELS", "UNCOVERED", "BlockList", "ModelEntry", "find_entry"]
 
@@ -38,9 +40,11 @@ class ModelEntry(NamedTuple):
     Args:
         sections: Groups of block lists in calling order. The lists of a group carry the same streams and share one
             decision, so a reused step skips the later ones whole; groups decide separately.
+        patch: Changes that a transformer needs while the cache is on, where its loop does more than call its blocks.
     """
 
     sections: tuple[tuple[BlockList, ...], ...]
+    patch: type[PatchFunctor] | None = None
 
 
 def _linked(*lists: BlockList) -> ModelEntry:
@@ -67,6 +71,8 @@ IMAGE = {
     "DiTTransformer2DModel": _separate(B("transformer_blocks", P3)),
     "ErnieImageTransformer2DModel": _separate(B("layers", P3, hidden="x")),
     "Flux2Transformer2DModel": _separate(B("transformer_blocks", P1), B("single_transformer_blocks", P3)),
+    # Its five blocks per kind of token, before these, are always computed.
+    "Flux3Transformer2DModel": _separate(B("single_transformer_blocks", P1)),
     "FluxTransformer2DModel": _linked(B("transformer_blocks", P1), B("single_transformer_blocks", P1)),
     "GlmImageTransformer2DModel": _separate(B("transformer_blocks", P0)),
     "HiDreamImageTransformer2DModel": _separate(B("double_stream_blocks", P0), B("single_stream_blocks", P3)),
@@ -109,12 +115,16 @@ VIDEO = {
     "Kandinsky5Transformer3DModel": _separate(
         B("visual_transformer_blocks", P2, hidden="visual_embed", encoder="text_embed")
     ),
+    "Kandinsky6SRTransformer3DModel": _separate(B("visual_transformer_blocks", P3)),
     "Kandinsky6Transformer3DModel": _separate(B("visual_transformer_blocks", P0, hidden="vis", encoder="aud")),
+    "LatteTransformer3DModel": _separate(B("transformer_blocks", P2))._replace(patch=LattePatch),
     "LTX2VideoTransformer3DModel": _separate(B("transformer_blocks", P0, encoder="audio_hidden_states")),
     "LTXVideoTransformer3DModel": _separate(B("transformer_blocks", P2)),
+    "MiniMaxH3Transformer3DModel": _separate(B("transformer_blocks", P3)),
     "MochiTransformer3DModel": _separate(B("transformer_blocks", P0)),
     "MotifVideoTransformer3DModel": _separate(B("transformer_blocks", P0)),
     "SanaVideoTransformer3DModel": _separate(B("transformer_blocks", P2)),
+    "SanaWMTransformer3DModel": _separate(B("blocks", P2, hidden="x", encoder="y")),
     "SkyReelsV2Transformer3DModel": _separate(B("blocks", P2)),
     "WanAnimateTransformer3DModel": _separate(B("blocks", P2)),
     "WanTransformer3DModel": _separate(B("blocks", P2)),
@@ -124,6 +134,7 @@ VIDEO = {
 AUDIO = {
     "AceStepTransformer1DModel": _separate(B("layers", P2)),
     "LongCatAudioDiTTransformer": _separate(B("blocks", P3)),
+    "MiniMaxMusic3Transformer1DModel": _separate(B("transformer_blocks", P3)),
     "StableAudio3DiTModel": _separate(B("transformer_blocks", P3)),
     "StableAudioDiTModel": _separate(B("transformer_blocks", P2)),
 }
@@ -131,25 +142,18 @@ AUDIO = {
 MODELS: dict[str, ModelEntry] = {**IMAGE, **VIDEO, **AUDIO}
 
 # Transformers of diffusers that have no row, and why.
-_MODULAR = "diffusers runs it in modular pipelines only, on which the rows have not been tried"
 _PART = "is a part of a UNet, not a denoiser by itself"
 UNCOVERED: dict[str, str] = {
     "AnyFlowFARTransformer3DModel": "its pipeline has no progress_bar, and runs it to fill caches as well",
     "DreamLiteTransformer2DModel": _PART,
-    "Flux3Transformer2DModel": _MODULAR,
-    "Kandinsky6SRTransformer3DModel": "its pipeline denoises tile after tile under one progress bar",
-    "LatteTransformer3DModel": "its loop alternates between two lists, whose tokens are laid out differently",
-    "MiniMaxH3Transformer3DModel": _MODULAR,
     "MiniMaxMusic3RVQDepthDecoder": "is an autoregressive decoder",
-    "MiniMaxMusic3Transformer1DModel": _MODULAR,
     "RFD4ProteinaTransformer": "it runs its list several times per forward, and updates pairs of tokens in between",
     "SanaWMLTX2RefinerTransformer3DModel": "its pipeline counts blocks of frames, not steps",
-    "SanaWMTransformer3DModel": "has not been tried: its pipeline wants camera paths",
     "T5FilmDecoder": "its pipeline is deprecated",
     "Transformer2DModel": _PART,
     "TransformerTemporalModel": _PART,
     "UniDiffuserModel": "its pipeline is deprecated, and its blocks have skip connections",
-    "WanAnimate2Transformer3DModel": _MODULAR,
+    "WanAnimate2Transformer3DModel": "it also reads the reference by its forward, to fill key-value caches",
 }
 
 

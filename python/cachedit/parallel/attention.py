@@ -13,7 +13,7 @@ import cachedit_kernels as kernels
 from cachedit_kernels.ulysses import Exchange, begin_scatter_heads, begin_scatter_sequence
 
 from .config import ParallelismConfig
-from .groups import Groups
+from .groups import Groups, all_gather
 from .split import Pieces
 
 __all__ = ["LSE_BACKENDS", "Attend", "Coming", "SequenceAttention", "attention_with_lse"]
@@ -208,7 +208,7 @@ def _allgathered(k: Tensor, v: Tensor, lengths: Sequence[int], groups: Groups) -
     sent = k.new_zeros(2, b, longest, h, d)
     sent[0, :, : lengths[me]], sent[1, :, : lengths[me]] = k, v
     everyone = sent.new_empty(2 * len(lengths), *sent.shape[1:])
-    dist.all_gather_into_tensor(everyone, sent, group=groups.ring)
+    all_gather(everyone, sent, group=groups.ring)
     for i in range(len(lengths)):
         rank = (me - i) % len(lengths)
         keys, values = everyone[2 * rank : 2 * rank + 2, :, : lengths[rank]]
@@ -238,6 +238,7 @@ def attention_with_lse(
         return out, lse.squeeze(-1) if lse.dim() == 4 else lse
     if mask is not None and mask.dtype is torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+    none = None if mask is None else torch.isneginf(mask).all(-1)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if q.device.type == "cpu":
         cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -250,7 +251,6 @@ def attention_with_lse(
         out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, scale=scale)[:2]
         lse = lse[..., : q.shape[2]]  # it comes padded
     out, lse = out.transpose(1, 2), lse.transpose(1, 2)
-    if mask is not None:
-        none = ~torch.isfinite(lse)
+    if none is not None:  # what comes out where no key is left differs between devices
         out, lse = out.masked_fill(none[..., None], 0.0), lse.masked_fill(none, -torch.inf)
     return out, lse.float()

@@ -11,7 +11,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .config import Sizes
 
-__all__ = ["Groups", "agree"]
+__all__ = ["Groups", "agree", "all_gather"]
+
+# all_gather(output, input, group): its name in newer versions of torch, and in older ones.
+all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 T = TypeVar("T")
 

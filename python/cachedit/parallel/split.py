@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from cachedit_kernels.ulysses.layout import even_splits
 
 from ..blocks import SPLIT
+from .groups import all_gather
 
 __all__ = ["Pieces", "hook_plan"]
 
@@ -81,7 +82,7 @@ class Pieces:
         padded = first.new_zeros(longest, *first.shape[1:])
         padded[: first.shape[0]] = first
         everyone = padded.new_empty(self.count * longest, *padded.shape[1:])
-        dist.all_gather_into_tensor(everyone, padded, group=self.group)
+        all_gather(everyone, padded, group=self.group)
         pieces = [piece[:size] for piece, size in zip(everyone.split(longest), sizes, strict=True)]
         return torch.cat(pieces).movedim(0, dim)
 

@@ -4,7 +4,7 @@ diffusers' VAEs cut what is too large into overlapping tiles, call their encoder
 several times per tile, for a chunk of frames each), and blend neighbouring results. That loop stays theirs. It runs
 three times, with another stand-in for the ``forward`` of the encoder or decoder, here called the coder:
 
-    plan      all on fake tensors: which calls there will be, which of them make up a tile, what they return
+    plan      all on the meta device: which calls there will be, which of them make up a tile, what they return
     compute   the calls of this rank's tiles are computed; every call returns zeros, which nothing reads
     replay    every call returns what its rank has computed, and the loop blends
 
@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map_only
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = ["SUPPORTED", "Handle", "check_tiles", "share_tiles"]
 
@@ -35,7 +37,6 @@ SUPPORTED = (
     "AutoencoderKLCogVideoX",
     "AutoencoderKLFlux2",
     "AutoencoderKLHunyuanImage",
-    "AutoencoderKLHunyuanImageRefiner",
     "AutoencoderKLHunyuanVideo",
     "AutoencoderKLHunyuanVideo15",
     "AutoencoderKLKVAE",
@@ -43,9 +44,12 @@ SUPPORTED = (
     "AutoencoderKLLTXVideo",
     "AutoencoderKLMochi",
     "AutoencoderKLQwenImage",
+    "AutoencoderKLQwenImage21",
     "AutoencoderKLWan",
+    "AutoencoderOobleck",
     "AutoencoderTiny",
 )
+PLANS = 64  # that are kept: sizes of pictures and videos that a server meets
 CODERS = {"encode": "encoder", "decode": "decoder"}
 ABSENT: Any = object()  # in place of the value of an attribute that an object doesn't have
 
@@ -89,15 +93,15 @@ def share_tiles(vae: nn.Module, group: dist.ProcessGroup | None = None, **tile_s
     check_tiles(vae, group)
     options, attributes = _check_sizes(vae, tile_sizes)
     before = dict(vars(vae))
-    vae.enable_tiling(**options)
+    vae.enable_tiling(**options)  # type: ignore[operator]
     _set(vae, attributes)
     if dist.get_world_size(group) > 1:
         for method, coder in CODERS.items():
-            setattr(vae, method, _shared(vae, getattr(vae, method), getattr(vae, coder), group))
+            setattr(vae, method, SharedMethod(vae, getattr(vae, method), coder, group))
     return Handle(vae, before)
 
 
-def check_tiles(vae: nn.Module, group: dist.ProcessGroup | None) -> None:
+def check_tiles(vae: Any, group: dist.ProcessGroup | None) -> None:
     """Whether the tiles of a VAE can be shared out. Changes nothing.
 
     Raises:
@@ -106,8 +110,10 @@ def check_tiles(vae: nn.Module, group: dist.ProcessGroup | None) -> None:
     name = type(vae).__name__
     if not any(base.__name__ in SUPPORTED for base in type(vae).__mro__):
         raise ValueError(f"vae must be one of {', '.join(SUPPORTED)}, got {name}")
-    if any(getattr(vars(vae).get(method), "shares_tiles", False) for method in CODERS):
+    if any(isinstance(vars(vae).get(method), SharedMethod) for method in CODERS):
         raise ValueError(f"vae: the tiles of this {name} are shared already; undo that first")
+    for coder in CODERS.values():
+        _check_hooks(getattr(vae, coder))
     noise = vae.config.get("decoder_inject_noise", False)
     if any(noise) if isinstance(noise, Sequence) else noise:
         raise ValueError(f"vae: this {name}'s decoder draws noise (decoder_inject_noise), which ranks can't share")
@@ -115,7 +121,17 @@ def check_tiles(vae: nn.Module, group: dist.ProcessGroup | None) -> None:
         raise ValueError("group must contain this rank")
 
 
-def _check_sizes(vae: nn.Module, sizes: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+def _check_hooks(coder: nn.Module) -> None:
+    """Hooks that replace weights would meet the plan's, which are on the meta device."""
+    for module in coder.modules():
+        if hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook"):
+            raise ValueError(
+                f"vae: offloading or casting by hooks inside of {type(coder).__name__} can't be combined with sharing "
+                "tiles; enable_model_cpu_offload can"
+            )
+
+
+def _check_sizes(vae: Any, sizes: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
     """The sizes, split into arguments of ``enable_tiling`` and values of attributes."""
     options = inspect.signature(vae.enable_tiling).parameters
     names = list(options) or [name for name in ("tile_sample_min_size", "tile_overlap_factor") if hasattr(vae, name)]
@@ -144,62 +160,165 @@ class Call(NamedTuple):
     with_cache: bool  # it returns features for the tile's next call, too
 
 
-def _shared(
-    vae: nn.Module, method: Callable[..., Any], coder: nn.Module, group: dist.ProcessGroup | None
-) -> Callable[..., Any]:
-    """``method``, with the calls of ``coder`` that it makes shared out."""
+class SharedMethod:
+    """``vae.encode`` or ``vae.decode``, with the calls of the coder shared out.
 
-    @functools.wraps(method)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        calls = _plan(vae, method, coder, args, kwargs)
-        if calls[-1].tile == 0:
-            return method(*args, **kwargs)
-        owners = _balance(calls, dist.get_world_size(group))
-        with torch.no_grad():
-            mine = _compute(
-                vae, method, coder, args, kwargs, [owner == dist.get_rank(group) for owner in owners], calls
-            )
-            replay = (
-                _result(call, result) for call, result in zip(calls, _gather(mine, calls, owners, group), strict=True)
-            )
-            with _replaced(coder, forward=lambda *args, **kwargs: next(replay)):
-                return method(*args, **kwargs)
-
-    run.shares_tiles = True  # type: ignore[attr-defined]
-    return run
-
-
-def _plan(
-    vae: nn.Module, method: Callable[..., Any], coder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[Call]:
-    """The calls that ``method`` will make of ``coder``.
-
-    A call belongs to its predecessor's tile if it is handed the predecessor's features. These hold a fixed number of
-    frames, so that the shape of a result depends on that of the input and on whether there are features.
+    Args:
+        vae: The VAE.
+        method: Its method.
+        coder: The coder's name.
+        group: Whose ranks take part, two or more.
     """
-    calls: list[Call] = []
-    known: dict[tuple[torch.Size, bool], Any] = {}
-    forward = coder.forward
-    last_features: Any = None
 
-    def plan(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        nonlocal last_features
-        features = kwargs.get("feat_cache")  # a list, filled in place
-        continues = kwargs.get("conv_cache") is not None or (features is not None and features is last_features)
-        last_features = features
-        if (x.shape, continues) not in known:
-            known[x.shape, continues] = forward(x, *args, **kwargs)
-        returned = known[x.shape, continues]
-        result = returned[0] if isinstance(returned, tuple) else returned
-        tile = calls[-1].tile + (not continues) if calls else 0
-        like = result.shape, result.stride(), result.dtype, result.device
-        calls.append(Call(tile, x.numel(), *like, with_cache=result is not returned))
-        return returned
+    def __init__(self, vae: nn.Module, method: Callable[..., Any], coder: str, group: dist.ProcessGroup | None):
+        functools.update_wrapper(self, method)
+        self.vae = vae
+        self.method = method
+        self.coder = coder
+        self.group = group
+        self.plans: dict[Hashable, list[Call]] = {}
 
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), _unblended(vae, coder, plan):
-        args, kwargs = tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
-        method(*args, **kwargs)
-    return calls
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        coder = getattr(self.vae, self.coder)
+        key = _signature(self.vae, coder, args, kwargs)
+        if key not in self.plans:
+            if len(self.plans) == PLANS:
+                self.plans.clear()
+            self.plans[key] = self._plan(coder, args, kwargs)
+        calls = self.plans[key]
+        if calls[-1].tile == 0:
+            return self.method(*args, **kwargs)
+        owners = _balance(calls, dist.get_world_size(self.group))
+        with torch.no_grad():
+            mine = self._compute(coder, calls, owners, args, kwargs)
+            results = _gather(mine, calls, owners, self.group)
+            replay = map(_returned, calls, results)
+            with _replaced(coder, forward=lambda *args, **kwargs: next(replay)):
+                return self.method(*args, **kwargs)
+
+    def _plan(self, coder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Call]:
+        """The calls to come.
+
+        A call belongs to its predecessor's tile if it is handed the predecessor's features. These are of a fixed
+        number of frames, so that the shape of a result depends on that of the input and on whether there are features.
+        """
+        _check_hooks(coder)
+        device = next(leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        if torch.is_autocast_enabled(device.type):
+            raise RuntimeError(f"{self.coder}: tiles can't be shared under autocast, whose dtypes can't be planned")
+        calls: list[Call] = []
+        known: dict[tuple[torch.Size, bool], Any] = {}
+        forward = coder.forward
+        last_features: Any = None
+
+        def plan(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            nonlocal last_features
+            features = kwargs.get("feat_cache")  # a list, filled in place; a new one for each tile
+            continues = kwargs.get("conv_cache") is not None or (features is not None and features is last_features)
+            last_features = features
+            if (x.shape, continues) not in known:
+                known[x.shape, continues] = forward(x, *args, **kwargs)
+            returned = known[x.shape, continues]
+            result = returned[0] if isinstance(returned, tuple) else returned
+            tile = calls[-1].tile + (not continues) if calls else 0
+            like = result.shape, result.stride(), result.dtype, device
+            calls.append(Call(tile, x.numel(), *like, with_cache=result is not returned))
+            return returned
+
+        hook = vars(self.vae).get("_hf_hook")
+        if hook is not None:
+            hook.pre_forward(self.vae)  # of enable_model_cpu_offload: loads the weights, for which see _check_hooks
+        caller = Caller(self.vae, self.method)
+        weights = {
+            name: weight.to("meta")
+            for name, weight in itertools.chain(caller.named_parameters(), caller.named_buffers())
+        }
+        args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+        with (
+            torch.no_grad(),
+            Unnormalized(),
+            torch.compiler.set_stance("force_eager"),
+            _replaced(self.vae, _hf_hook=None),
+            self._unblended(coder, plan),
+        ):
+            functional_call(caller, weights, args, kwargs)
+        return calls
+
+    def _compute(
+        self,
+        coder: nn.Module,
+        calls: Sequence[Call],
+        owners: Sequence[int],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> list[Tensor]:
+        """What this rank's calls return, in their order."""
+        rank = dist.get_rank(self.group)
+        results: list[Tensor] = []
+        forward = coder.forward
+        coming = zip(calls, owners, strict=True)
+
+        def compute(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            call, owner = next(coming)
+            cache = None
+            if owner == rank:
+                result = forward(x, *args, **kwargs)
+                result, cache = result if call.with_cache else (result, None)
+                if (result.shape, result.dtype) != (call.shape, call.dtype):
+                    raise RuntimeError(
+                        f"{self.coder} of {type(self.vae).__name__} was to return {call.dtype} {tuple(call.shape)}, "
+                        f"got {result.dtype} {tuple(result.shape)}"
+                    )
+                results.append(result)
+            zeros = torch.zeros((), dtype=call.dtype, device=call.device).expand(call.shape)
+            return _returned(call, zeros, cache)
+
+        with self._unblended(coder, compute):
+            self.method(*args, **kwargs)
+        return results
+
+    @contextmanager
+    def _unblended(self, coder: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+        """Inside, ``coder`` has this ``forward``, and most VAEs' loops don't blend."""
+
+        def unblended(above_or_left: Tensor, tile: Tensor, extent: int) -> Tensor:
+            return tile
+
+        blends = {name: unblended for name in ("blend_v", "blend_h", "blend_t") if hasattr(self.vae, name)}
+        with _replaced(coder, forward=forward), _replaced(self.vae, **blends):
+            yield
+
+
+class Caller(nn.Module):
+    """A method of a module in the form that ``functional_call`` takes."""
+
+    def __init__(self, vae: nn.Module, method: Callable[..., Any]):
+        super().__init__()
+        self.vae = vae
+        self.method = method
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        self.method(*args, **kwargs)
+
+
+class Unnormalized(TorchFunctionMode):
+    """Leaves out norms, which change no shape, and on the meta device take longer than all the rest."""
+
+    NORMS = nn.functional.group_norm, nn.functional.layer_norm, nn.functional.normalize
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func in self.NORMS else func(*args, **(kwargs or {}))
+
+
+def _signature(vae: nn.Module, coder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
+    """All that the plan depends on."""
+    inputs = [
+        (leaf.shape, leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else repr(leaf)
+        for leaf in tree_leaves((args, sorted(kwargs.items())))
+    ]
+    settings = [(name, value) for name, value in vars(vae).items() if isinstance(value, int | float | tuple)]
+    weights = [(weight.dtype, weight.stride()) for weight in coder.parameters()]
+    return tuple(inputs), tuple(settings), tuple(weights)
 
 
 def _balance(calls: Sequence[Call], world: int) -> list[int]:
@@ -214,41 +333,7 @@ def _balance(calls: Sequence[Call], world: int) -> list[int]:
     return [owners[call.tile] for call in calls]
 
 
-def _compute(
-    vae: nn.Module,
-    method: Callable[..., Any],
-    coder: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    own: Sequence[bool],
-    calls: Sequence[Call],
-) -> list[Tensor]:
-    """What this rank's calls return, in their order."""
-    results: list[Tensor] = []
-    forward = coder.forward
-    coming = zip(own, calls, strict=True)
-
-    def compute(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        is_own, call = next(coming)
-        nothing = torch.zeros((), dtype=call.dtype, device=call.device).expand(call.shape)
-        if not is_own:
-            return _result(call, nothing)
-        returned = forward(x, *args, **kwargs)
-        result, cache = returned if call.with_cache else (returned, None)
-        if (result.shape, result.dtype) != (call.shape, call.dtype):
-            raise RuntimeError(
-                f"tile {call.tile} was to be {call.dtype} of shape {tuple(call.shape)}, "
-                f"got {result.dtype} of shape {tuple(result.shape)}"
-            )
-        results.append(result)
-        return _result(call, nothing, cache)
-
-    with _unblended(vae, coder, compute):
-        method(*args, **kwargs)
-    return results
-
-
-def _result(call: Call, result: Tensor, cache: Any = None) -> Any:
+def _returned(call: Call, result: Tensor, cache: Any = None) -> Any:
     return (result, cache) if call.with_cache else result
 
 
@@ -275,18 +360,6 @@ def _gather(
         )
         for call, owner, start in zip(calls, owners, starts, strict=True)
     ]
-
-
-@contextmanager
-def _unblended(vae: nn.Module, coder: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside, ``coder`` has this ``forward``, and the VAE's loop spares itself most of the blending."""
-
-    def unblended(above_or_left: Tensor, tile: Tensor, extent: int) -> Tensor:
-        return tile
-
-    blends = {name: unblended for name in ("blend_v", "blend_h", "blend_t") if hasattr(vae, name)}
-    with _replaced(coder, forward=forward), _replaced(vae, **blends):
-        yield
 
 
 @contextmanager

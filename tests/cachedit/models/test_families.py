@@ -14,7 +14,7 @@ from cachedit import DBCacheConfig, TaylorSeerCalibratorConfig
 from cachedit.adapter import plan_for
 from cachedit.models import find_transformers
 from executor import executing
-from pipelines import BUILDERS, Tiny, build
+from pipelines import BUILDERS, LOOPS, Tiny, build
 
 STEPS, OTHER_STEPS = 8, 12
 
@@ -27,12 +27,16 @@ class Family(NamedTuple):
     state_names: list[list[str]]
 
 
-@pytest.fixture(scope="module", params=BUILDERS)
+@pytest.fixture(scope="module", params=[*BUILDERS, *LOOPS])
 def family(request):
-    tiny = build(request.param)
+    return make_family(request.param)
+
+
+def make_family(name: str) -> Family:
+    tiny = build(name)
     transformers = find_transformers(tiny.pipe)
     names = [list(transformer.state_dict()) for transformer in transformers]
-    return Family(request.param, tiny, transformers, tiny(STEPS), names)
+    return Family(name, tiny, transformers, tiny(STEPS), names)
 
 
 @pytest.fixture(autouse=True)
@@ -91,9 +95,13 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 
 def expected(family: Family, steps: int, **kwargs: Any) -> torch.Tensor:
-    sections = {transformer: plan_for(transformer).sections for transformer in family.transformers}
-    mask = mask_of(family, steps)
-    with executing(sections, mask, family.tiny.branches):
+    plans = [plan_for(transformer) for transformer in family.transformers]
+    sections = {plan.transformer: plan.sections for plan in plans}
+    with ExitStack() as stack:
+        for plan in plans:
+            if plan.patch_functor is not None:
+                stack.enter_context(plan.patch_functor.applied(plan.transformer))
+        stack.enter_context(executing(sections, mask_of(family, steps), family.tiny.branches))
         return family.tiny(steps, **kwargs)
 
 

@@ -1,3 +1,6 @@
+import inspect
+import re
+
 import diffusers
 import pytest
 import torch
@@ -5,8 +8,10 @@ from torch import nn
 
 import cachedit
 from cachedit import DBCacheConfig, TaylorSeerCalibratorConfig
-from cachedit.models import DENOISERS, SEPARATE_CFG, find_transformers
+from cachedit.models import DENOISERS, MODELS, PIPELINES, find_transformers
 from pipelines import BUILDERS, build
+
+IN_TURN = [name for name in BUILDERS if PIPELINES[name.partition(" + ")[0]].guidance == "in turn"]
 
 
 def enable(pipe, **kwargs):
@@ -20,9 +25,33 @@ def steps_of(pipe):
 
 
 class TestTables:
-    @pytest.mark.parametrize("name", [*DENOISERS, *sorted(SEPARATE_CFG)])
+    @pytest.mark.parametrize("name", [*DENOISERS, *PIPELINES])
     def test_names_are_pipelines(self, name):
-        assert issubclass(getattr(diffusers, name), diffusers.DiffusionPipeline)
+        assert name.endswith("Pipeline") and hasattr(diffusers, name)  # a dummy, where an optional package is missing
+
+    @pytest.mark.parametrize("name", BUILDERS)
+    def test_rows_say_what_the_small_pipelines_do(self, name):
+        tiny = build(name)
+        entry = PIPELINES[name.partition(" + ")[0]]
+        assert {type(module).__name__ for module in find_transformers(tiny.pipe)} == {entry.transformer}
+        if tiny.branches > 1:
+            assert entry.guidance in ("named", "in turn")
+        else:
+            assert entry.guidance == ("one batch" if tiny.guided else "none")
+
+    def test_tried_are_those_that_have_small_pipelines(self):
+        tried = {name.partition(" + ")[0] for name in BUILDERS}
+        assert {name for name, entry in PIPELINES.items() if entry.tried} == tried
+        assert {entry.guidance for entry in PIPELINES.values() if not entry.tried} == {""}
+        assert list(PIPELINES) == sorted(PIPELINES, key=str.lower)
+
+    def test_every_pipeline_with_a_transformer_of_the_table_has_a_row(self):
+        for name in (name for name in dir(diffusers) if name.endswith("Pipeline") and name not in PIPELINES):
+            cls = getattr(diffusers, name)
+            if issubclass(cls, diffusers.DiffusionPipeline) and cls is not diffusers.DiffusionPipeline:
+                transformer = inspect.signature(cls).parameters.get("transformer")
+                named = transformer is not None and re.findall(r"\w+", str(transformer.annotation))
+                assert not named or not set(named) & set(MODELS), name
 
     def test_transformers_in_calling_order(self):
         pipe = build("WanPipeline + two transformers").pipe
@@ -77,7 +106,7 @@ class TestRequests:
             assert first[0] + second[0] == steps and min(first + second) > 0
         assert all(stats.computed_steps[0] == 0 for stats in cachedit.summary(tiny.pipe, logging=False))
 
-    @pytest.mark.parametrize("name", [name for name in BUILDERS if name.split(" ")[0] in SEPARATE_CFG])
+    @pytest.mark.parametrize("name", IN_TURN)
     def test_without_guidance_there_is_one_branch(self, name):
         """Where branches are told apart by the order of calls, a request may still have one only."""
         tiny = build(name)

@@ -232,6 +232,19 @@ def test_errors_reach_every_rank_and_change_nothing():
             assert message in told[rank][i], (i, rank, told[rank] if isinstance(told[rank], str) else told[rank][i])
 
 
+def three_dimensions_on_a_rank() -> float:
+    tiny = build("FluxPipeline")
+    baseline = tiny(4)
+    config = ParallelismConfig(ulysses_size=2, ring_size=2, tp_size="auto")
+    cachedit.enable_cache(tiny.pipe, parallelism_config=config)
+    return difference(tiny(4), baseline)
+
+
+def test_three_dimensions():
+    errors = run_ranks(three_dimensions_on_a_rank, 8, seconds=240)
+    assert all(isinstance(error, float) and error < 1e-4 for error in errors), errors
+
+
 def extras_on_a_rank() -> dict[str, Any]:
     """A VAE and a text encoder of a pipeline, beside its transformer; a second time, another scheme."""
     tiny = build("FluxPipeline")

@@ -12,7 +12,7 @@ from torch import Tensor
 from cachedit_kernels.testing.aot import assert_lean, compiled_for_each_gpu, compiling_for
 from cachedit_kernels.testing.devices import kernel_devices, not_interpreting, run_under_interpreter
 from cachedit_kernels.ulysses import kernel, reference
-from cachedit_kernels.ulysses.layout import HEADS, SEQUENCE
+from cachedit_kernels.ulysses.layout import HEADS, SEQUENCE, layout
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 on_each_device = pytest.mark.parametrize("device", kernel_devices())
@@ -117,6 +117,23 @@ def test_zeros_nan_inf_and_tiny_rows(device: str, dtype: torch.dtype) -> None:
     x[0, 5] *= torch.finfo(dtype).tiny
     x[0, 6] = torch.finfo(dtype).max
     assert_packs_and_unpacks([x], [1, 1], HEADS, (True,))
+
+
+@on_each_device
+@pytest.mark.parametrize(("dim", "splits"), [(HEADS, [2, 0, 3]), (SEQUENCE, [1, 7, 0, 5])])
+def test_packs_into_buffers_apart(device: str, dim: int, splits: list[int]) -> None:
+    """Each block to a buffer and a place of its own; what surrounds it stays."""
+    tensors = random_tensors((2, 13, 5, 24), torch.bfloat16, device)
+    blocks = layout(tensors[0].shape, splits, dim, 2, QKV)
+    buffers = [torch.full((1 << 14,), 7, dtype=torch.uint8, device=device) for _ in splits]
+    offsets = [1024 * p for p in range(len(splits))]
+    # reversed, so that distances from the first are positive as well as negative
+    kernel.ulysses_pack_into(tensors, splits, dim, QKV, buffers[::-1], offsets)
+    expected = reference.ulysses_pack([t.cpu() for t in tensors], splits, dim, QKV)
+    for block, buffer, offset in zip(blocks, buffers[::-1], offsets):
+        want = torch.full((1 << 14,), 7, dtype=torch.uint8)
+        want[offset : offset + block.nbytes] = expected[block.offset : block.offset + block.nbytes]
+        assert torch.equal(buffer.cpu(), want)
 
 
 @on_each_device

@@ -1,7 +1,8 @@
 """Small random-weight pipelines, made offline: the real pipeline, transformer and scheduler classes.
 
-``build("FluxPipeline")`` makes one; ``BUILDERS`` has all names. Text encoders are absent, since prompts are given as
-embeddings; what a pipeline returns are latents. One module per family.
+``build("FluxPipeline")`` makes one; ``BUILDERS`` has all names, and ``LOOPS`` those of transformers without a pipeline.
+Text encoders are absent, since prompts are given as embeddings; what a pipeline returns are latents. One module per
+family.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import pkgutil
 import torch
 from torch import nn
 
-from pipelines.common import BUILDERS, Tiny, randomise
+from pipelines.common import BUILDERS, LOOPS, Tiny, randomise
 
-__all__ = ["BUILDERS", "Tiny", "build"]
+__all__ = ["BUILDERS", "LOOPS", "Tiny", "build"]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")  # enters its builders
@@ -22,7 +23,7 @@ for _module in pkgutil.iter_modules(__path__):
 
 def build(name: str) -> Tiny:
     torch.manual_seed(0)
-    tiny = BUILDERS[name]()
+    tiny = (BUILDERS | LOOPS)[name]()
     for component in tiny.pipe.components.values():
         if isinstance(component, nn.Module):
             randomise(component.eval().requires_grad_(False))

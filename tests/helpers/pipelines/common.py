@@ -60,13 +60,16 @@ class Tiny:
 
 
 BUILDERS: dict[str, Callable[[], Tiny]] = {}
+LOOPS: dict[str, Callable[[], Tiny]] = {}  # of transformers that no pipeline class runs
 
 
-def builds(name: str) -> Callable[[Callable[[], Tiny]], Callable[[], Tiny]]:
+def builds(
+    name: str, builders: dict[str, Callable[[], Tiny]] = BUILDERS
+) -> Callable[[Callable[[], Tiny]], Callable[[], Tiny]]:
     """Enter a function that makes a :class:`Tiny` under a pipeline's class name, ``+ variant`` after it if needed."""
 
     def enter(function: Callable[[], Tiny]) -> Callable[[], Tiny]:
-        BUILDERS[name] = function
+        builders[name] = function
         return function
 
     return enter

@@ -7,9 +7,22 @@ from typing import Any
 
 import diffusers
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pipelines.common import SMALL, SQUARE, Encoder, Tiny, assemble, builds, flow, guided, image_vae, normal, photo
+from pipelines.common import (
+    SMALL,
+    SQUARE,
+    Encoder,
+    Tiny,
+    assemble,
+    builds,
+    flow,
+    guided,
+    image_vae,
+    normal,
+    photo,
+    picture,
+)
 from pipelines.hunyuan import hunyuan_vae
 
 
@@ -176,3 +189,35 @@ def _() -> Tiny:
     tiny = guided("Kandinsky6TI2VAPipeline", 16, components, 2, pooled=("pooled_prompt_embeds", 16), sample_audio=True)
     tiny.sizes = {**SMALL, "num_frames": 5, "height": 32, "width": 32}, {"height": 32, "width": 48, "num_frames": 5}
     return tiny
+
+
+class SRVae(Encoder):
+    """Scales by 8 in space, by averaging, and not in time."""
+
+    spatial_compression_ratio, temporal_compression_ratio = 8, 4
+    config = SimpleNamespace(scaling_factor=1.0)
+
+    def encode(self, video: Tensor, return_dict: bool) -> Any:
+        latents = nn.functional.avg_pool3d(video, (1, 8, 8)).repeat(1, 2, 1, 1, 1)[:, :4]
+        return (SimpleNamespace(mode=lambda: latents),)
+
+    def decode(self, latents: Tensor, return_dict: bool) -> tuple[Tensor]:
+        return (nn.functional.interpolate(latents[:, :3], scale_factor=(1, 8, 8)),)
+
+
+@builds("Kandinsky6SRPipeline")
+def _() -> Tiny:
+    transformer = diffusers.Kandinsky6SRTransformer3DModel(
+        in_visual_dim=4,
+        out_visual_dim=4,
+        time_dim=16,
+        model_dim=16,
+        ff_dim=32,
+        num_visual_blocks=4,
+        axes_dims=(2, 2, 4),
+        nabla_window=(1, 1, 1),
+        tile_sizes=((64, 64),),
+    )
+    pipe = assemble("Kandinsky6SRPipeline", transformer=transformer, vae=SRVae(), scheduler=flow())
+    one, two = ({"video": picture(32, width).unsqueeze(1)} for width in (32, 64))
+    return Tiny(pipe, {"resolution_scale": 2, "output_type": "pt"}, sizes=(one, two))  # tiles, one after the other

@@ -148,3 +148,38 @@ def _() -> Tiny:
 @builds("SanaImageToVideoPipeline")
 def _() -> Tiny:
     return sana_video("SanaImageToVideoPipeline", image=photo)
+
+
+@builds("SanaWMPipeline")
+def _() -> Tiny:
+    transformer = diffusers.SanaWMTransformer3DModel(
+        in_channels=4,
+        num_layers=4,
+        hidden_size=32,
+        num_attention_heads=2,
+        softmax_every_n=2,
+        linear_head_dim=16,
+        caption_channels=16,
+        image_size=32,
+        chunk_plucker_channels=12,
+        chunk_plucker_post_attn_blocks=4,
+    )
+    vae = diffusers.AutoencoderKLLTX2Video(
+        latent_channels=4,
+        block_out_channels=(8,),
+        decoder_block_out_channels=(8,),
+        layers_per_block=(1,),
+        decoder_layers_per_block=(1, 1),
+        spatio_temporal_scaling=(True,),
+        decoder_spatio_temporal_scaling=(True,),
+        decoder_inject_noise=(False, False),
+        downsample_type=("spatial",),
+        upsample_residual=(False,),
+        upsample_factor=(1,),
+    )
+    components = {"transformer": transformer, "vae": vae, "scheduler": flow()}
+    tiny = guided("SanaWMPipeline", 16, components, mask="prompt_attention_mask", image=photo, prompt="")
+    for given in (tiny.inputs, tiny.guided):
+        given |= {name: value.unsqueeze(1) for name, value in given.items() if name.endswith("prompt_embeds")}
+    tiny.inputs |= {"action": "w-8", "intrinsics": [30.0, 30.0, 16.0, 16.0], "num_frames": 9}
+    return tiny

@@ -12,6 +12,7 @@ from pipelines.common import (
     builds,
     flow,
     guided,
+    image_vae,
     photo,
     video,
     wan_vae,
@@ -43,6 +44,29 @@ def _() -> Tiny:
     components = {"transformer": transformer, "vae": vae, "scheduler": diffusers.DDIMScheduler()}
     tiny = video("AllegroPipeline", 16, components, mask="prompt_attention_mask", negative_prompt=None)
     tiny.sizes = {"height": 16, "width": 16, "num_frames": 8}, {"height": 16, "width": 32, "num_frames": 8}
+    return tiny
+
+
+@builds("LattePipeline")
+def _() -> Tiny:
+    transformer = diffusers.LatteTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=4,
+        cross_attention_dim=16,
+        sample_size=8,
+        patch_size=2,
+        norm_type="ada_norm_single",
+        activation_fn="gelu-approximate",
+        attention_bias=True,
+        caption_channels=16,
+        video_length=3,
+    )
+    components = {"transformer": transformer, "vae": image_vae(), "scheduler": diffusers.DDIMScheduler()}
+    tiny = video("LattePipeline", 16, components, clean_caption=False, negative_prompt=None)
+    tiny.sizes = {"height": 16, "width": 16, "video_length": 3}, {"height": 16, "width": 32, "video_length": 3}
     return tiny
 
 

@@ -11,6 +11,7 @@ from pipelines.common import (
     SMALL,
     SMALL_SQUARE,
     SMALL_WIDE,
+    SQUARE,
     WIDE_VIDEO,
     Tiny,
     builds,
@@ -147,8 +148,7 @@ def _() -> Tiny:
     return tiny
 
 
-@builds("HeliosPipeline")
-def _() -> Tiny:
+def helios(name: str, **scheduler: Any) -> Tiny:
     transformer = diffusers.HeliosTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=2,
@@ -161,7 +161,25 @@ def _() -> Tiny:
         num_layers=4,
         rope_dim=(4, 4, 4),
     )
-    scheduler = diffusers.HeliosScheduler(stage_range=[0, 1], stages=1, use_dynamic_shifting=True)
-    tiny = wan("HeliosPipeline", transformer, scheduler, num_latent_frames_per_chunk=3, history_sizes=[4, 2, 1])
+    return wan(
+        name,
+        transformer,
+        diffusers.HeliosScheduler(**scheduler),
+        num_latent_frames_per_chunk=3,
+        history_sizes=[4, 2, 1],
+    )
+
+
+@builds("HeliosPipeline")
+def _() -> Tiny:
+    tiny = helios("HeliosPipeline", stage_range=[0, 1], stages=1, use_dynamic_shifting=True)
     tiny.sizes = {**SMALL, "num_frames": 17}, WIDE_VIDEO  # two chunks, one chunk
+    return tiny
+
+
+@builds("HeliosPyramidPipeline")
+def _() -> Tiny:
+    tiny = helios("HeliosPyramidPipeline", stage_range=[0, 0.5, 1], stages=2, gamma=0.3)
+    tiny.sizes = {**SQUARE, "num_frames": 9}, {"height": 32, "width": 64, "num_frames": 9}
+    tiny.steps = lambda steps: {"pyramid_num_inference_steps_list": [steps, steps]}  # at half the size, and in full
     return tiny

@@ -111,6 +111,14 @@ def _() -> Tiny:
     return tiny
 
 
+@builds("ZImageOmniPipeline")
+def _() -> Tiny:
+    tiny = z_image("ZImageOmniPipeline")  # a prompt is a list: what stands before, between and after its images
+    tiny.inputs["prompt_embeds"] = [tiny.inputs["prompt_embeds"]]
+    tiny.guided["negative_prompt_embeds"] = [tiny.guided["negative_prompt_embeds"]]
+    return tiny
+
+
 @builds("OmniGenPipeline")
 def _() -> Tiny:
     transformer = diffusers.OmniGenTransformer2DModel(
