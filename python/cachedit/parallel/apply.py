@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from .async_ulysses import check_send_early, send_early
 from .attention import LSE_BACKENDS, SequenceAttention
 from .config import ParallelismConfig, Sizes
 from .extra import Extra, find_extra
@@ -118,6 +119,8 @@ def prepare_parallelism(
             raise ValueError(
                 f"parallelism_config: {name} does not run on split sequences: {reason}; or use tp_size alone"
             )
+        if config.ulysses_async and sizes.ulysses > 1 and row is not None:
+            check_send_early(transformer, attention_modules(transformer, row))
         rows.append((transformer, row if sizes.sequence > 1 else None))
     return Parallelism(config, sizes, group, rows, others)
 
@@ -186,6 +189,8 @@ def _split(
     undo.append(hook_plan(transformer, row.plan, pieces))
     modules = attention_modules(transformer, row)
     attention = SequenceAttention(groups, config, pieces, _backend_of(modules))
+    if config.ulysses_async and groups.ulysses is not None:
+        undo.append(send_early(transformer, modules, attention))
     undo.append(parallelise_attention(modules, attention))
 
 
