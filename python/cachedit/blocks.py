@@ -29,6 +29,7 @@ __all__ = [
     "Run",
     "Section",
     "Site",
+    "check_sizes",
     "current_run",
     "intercept",
     "onload_group",
@@ -49,9 +50,6 @@ class Section:
         total: Number of blocks.
         config: Validated cache configuration.
         calibrator_config: Validated calibrator configuration, or None.
-
-    Raises:
-        ValueError: If the configuration asks for more blocks than there are.
     """
 
     def __init__(
@@ -65,18 +63,8 @@ class Section:
         self.tap: Tap | None = None  # of TeaCache
         self.group: Any = None  # ranks that hold the other pieces of the sequence
 
-    def check(self, config: BasicCacheConfig) -> None:
-        """Raise a ValueError if ``config`` asks for more blocks than there are."""
-        computed = config.Fn_compute_blocks + config.Bn_compute_blocks
-        if computed > self.total:
-            raise ValueError(
-                f"Fn_compute_blocks + Bn_compute_blocks = {computed} ({config.Fn_compute_blocks} + "
-                f"{config.Bn_compute_blocks}) is more than the {self.total} blocks of {self.name}"
-            )
-
     def configure(self, config: BasicCacheConfig, calibrator_config: CalibratorConfig | None) -> None:
-        """Take on another configuration."""
-        self.check(config)
+        """Take on another configuration. Where it wants more blocks computed than there are, all are."""
         self.config, self.calibrator_config = config, calibrator_config
         self.first = config.Fn_compute_blocks  # block of the body
         self.last = self.total - config.Bn_compute_blocks - 1
@@ -85,6 +73,22 @@ class Section:
     def body(self) -> int:
         """Number of blocks that a reused step skips."""
         return max(self.last - self.first + 1, 0)
+
+
+def check_sizes(sections: Sequence[Section], configs: Sequence[BasicCacheConfig]) -> None:
+    """A configuration may be meant for longer lists than some that it is given for, but not than all of them.
+
+    Raises:
+        ValueError: If one asks for more blocks than there are in any of its sections.
+    """
+    for section, config in zip(sections, configs, strict=True):
+        computed = config.Fn_compute_blocks + config.Bn_compute_blocks
+        longest = max(other.total for other, its in zip(sections, configs, strict=True) if its == config)
+        if computed > longest:
+            raise ValueError(
+                f"Fn_compute_blocks + Bn_compute_blocks = {computed} ({config.Fn_compute_blocks} + "
+                f"{config.Bn_compute_blocks}) is more than the {section.total} blocks of {section.name}"
+            )
 
 
 class Link:

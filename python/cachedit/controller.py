@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .adapter import TransformerPlan
-from .blocks import Link, Section, intercept, release, run_sections
+from .blocks import Link, Section, check_sizes, intercept, release, run_sections
 from .config import BasicCacheConfig
 from .modifier import Settings
 from .parallel.apply import sequence_group
@@ -98,6 +98,7 @@ class Controller:
                 self.lists.append((item.blocks, Link(index, section, offset, signature)))
                 offset += len(item.blocks)
             self.sections.append(section)
+        check_sizes(self.sections, [section.config for section in self.sections])
 
     @property
     def config(self) -> BasicCacheConfig:
@@ -135,8 +136,8 @@ class Controller:
     def reconfigure(self, settings: Sequence[Settings]) -> None:
         """Take on other configurations, one per section, and start afresh."""
         steps = settings[0].config.num_inference_steps
-        for section, (config, _) in zip(self.sections, settings, strict=True):
-            section.check(config)
+        check_sizes(self.sections, [config for config, _ in settings])
+        for config, _ in settings:
             config.resolve_mask(steps)
         tap = make_tap(self.transformer, settings)
         for section, chosen in zip(self.sections, settings, strict=True):

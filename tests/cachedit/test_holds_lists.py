@@ -184,6 +184,19 @@ class TestModifiers:
         run(model)
         assert [entry.blocks for entry in stats(model)] == names
 
+    @pytest.mark.parametrize("kind", [DBCacheConfig, DBPruneConfig])
+    def test_a_list_that_is_too_short_for_common_settings_is_computed(self, kind):
+        """As AuraFlow's four joint blocks are for the default of eight."""
+        model = Pair()
+        cachedit.enable_cache(adapter_for(model, linked=False), reusing(kind, Fn_compute_blocks=2, Bn_compute_blocks=2))
+        with pytest.raises(ValueError, match=r"5 \(3 \+ 2\) is more than the 3 blocks of first"):
+            cachedit.refresh_context(model, Fn_compute_blocks=3)
+        cachedit.enable_cache(adapter_for(model, linked=False), reusing(kind, Fn_compute_blocks=3))
+        model.calls.clear()
+        run(model)
+        assert [model.calls[f"first[{i}]"] for i in range(3)] == [8] * 3
+        assert [model.calls[f"second[{i}]"] for i in range(4)] == [8, 8, 8, 2]
+
     @pytest.mark.parametrize(
         ("modifiers", "error", "message"),
         [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
@@ -17,9 +16,10 @@ from .config import ParallelismConfig
 from .groups import Groups, all_gather
 from .split import Pieces
 
-__all__ = ["LSE_BACKENDS", "Attend", "SequenceAttention", "attention_with_lse"]
+__all__ = ["LSE_BACKENDS", "Attend", "Coming", "SequenceAttention", "attention_with_lse"]
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Coming = Callable[[], Tensor]  # waits for a tensor that is under way
 
 # Backends of diffusers that hand out the log-sum-exps that ring attention merges by.
 LSE_BACKENDS = ("native", "flash", "flash_hub", "_flash_3", "_flash_3_hub", "sage", "sage_hub")
@@ -68,17 +68,12 @@ class SequenceAttention:
         """
         sizes = self.pieces.lengths(q.shape[1])
         key_sizes = sizes if k.shape[1] == q.shape[1] else self.pieces.lengths(k.shape[1])
-        count = self.groups.sizes.ulysses
-        members = slice(self.groups.ring_rank * count, (self.groups.ring_rank + 1) * count)
         if mask is not None:
-            mask = self.pieces.mask(mask, sizes, key_sizes)
-            if mask.shape[2] > 1:
-                mask = mask.narrow(2, sum(sizes[: members.start]), sum(sizes[members]))
-        attend = local if self.groups.ring is None else functools.partial(self._ring, sizes=key_sizes, scale=scale)
+            mask = self._own_rows(mask, sizes, key_sizes)
         group = self.groups.ulysses
         if group is None:
-            return attend(q, k, v, mask)
-        heads = q.shape[2]
+            return self._attend(q, k, v, mask, local, key_sizes, scale)
+        heads, members = q.shape[2], self._members()
         if key_sizes == sizes:
             wire = (self.float8, False, self.float8)
             q, k, v = _arrived(begin_scatter_heads([q, k, v], group, sizes[members], wire))
@@ -86,8 +81,61 @@ class SequenceAttention:
             first = begin_scatter_heads([q], group, sizes[members], (self.float8,))
             k, v = _arrived(begin_scatter_heads([k, v], group, key_sizes[members], (False, self.float8)))
             (q,) = _arrived(first)
-        out = attend(q, k, v, mask) if q.shape[2] else torch.empty_like(q)
+        out = self._attend(q, k, v, mask, local, key_sizes, scale)
         return _arrived(begin_scatter_sequence([out], group, heads, sizes[members], (self.float8,)))[0]
+
+    def begin(self, part: Callable[[str], Tensor], mask: Tensor | None, local: Attend) -> Coming:
+        """The same over one sequence, with every exchange under way while something else is computed.
+
+        V, Q and K travel in a collective each, so that there are 4 of them in all, not 2.
+
+        Args:
+            part: Computes ``"v"``, ``"q"`` or ``"k"``, [B, L, H, D] of this rank's tokens, all heads. V is asked for
+                first, and each leaves before the next is asked for.
+            mask, local: As above.
+
+        Returns:
+            What waits for the result, [B, L, H, D].
+        """
+        group, members = self.groups.ulysses, self._members()
+        value = part("v")
+        length, heads = value.shape[1:3]
+        sizes = self.pieces.lengths(length)
+        v_coming = begin_scatter_heads([value], group, sizes[members], (self.float8,))
+        q_coming = begin_scatter_heads([part("q")], group, sizes[members], (self.float8,))
+        k_coming = begin_scatter_heads([part("k")], group, sizes[members], (False,))
+        if mask is not None:
+            mask = self._own_rows(mask, sizes, sizes)
+        q, k, v = (_arrived(coming)[0] for coming in (q_coming, k_coming, v_coming))
+        out = self._attend(q, k, v, mask, local, sizes, None)
+        out_coming = begin_scatter_sequence([out], group, heads, sizes[members], (self.float8,))
+        return lambda: _arrived(out_coming)[0]
+
+    def _members(self) -> slice:
+        """Those of the pieces that the Ulysses group's ranks hold."""
+        count = self.groups.sizes.ulysses
+        return slice(self.groups.ring_rank * count, (self.groups.ring_rank + 1) * count)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        local: Attend,
+        key_sizes: Sequence[int],
+        scale: float | None,
+    ) -> Tensor:
+        """Attention over the heads that this rank has, which may be none."""
+        if not q.shape[2]:
+            return torch.empty_like(q)
+        return local(q, k, v, mask) if self.groups.ring is None else self._ring(q, k, v, mask, key_sizes, scale)
+
+    def _own_rows(self, mask: Tensor, sizes: tuple[int, ...], key_sizes: tuple[int, ...]) -> Tensor:
+        """A mask over all keys, of the queries that this rank attends for."""
+        mask = self.pieces.mask(mask, sizes, key_sizes)
+        members = self._members()
+        return mask if mask.shape[2] == 1 else mask.narrow(2, sum(sizes[: members.start]), sum(sizes[members]))
 
     def _ring(
         self,

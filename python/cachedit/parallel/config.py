@@ -74,7 +74,10 @@ class ParallelismConfig:
         ulysses_anything: Without effect: any sequence length and any number of heads always works, unpadded.
         ulysses_float8: Send Q, V and attention's result in E4M3, with a float32 scale per token and head; K, to which
             the softmax is sensitive, stays as it is.
-        ulysses_async: Without effect on results; see docs/parallelism.md.
+        ulysses_async: Send V, Q and K one by one, each while the next is projected, and attention's result while what
+            does not need it is computed: 4 collectives a layer instead of 2, hidden behind work, and the same result.
+            For FLUX, FLUX.2, Qwen-Image, Z-Image, Ovis-Image, LongCat-Image and Wan; without effect where
+            ``ulysses_size`` is 1.
         extra_parallel_kwargs: Accepted and not used.
         ring_rotate_method: ``"p2p"``: keys and values are passed on while attention is computed on those at hand;
             ``"allgather"``: all are fetched beforehand.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from typing import Any, NamedTuple
@@ -15,18 +16,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cachedit_kernels import quantized_all_to_all, quantized_all_to_all_output
 from cachedit_kernels.ulysses import Quantized, begin_scatter_heads, reference
+from cachedit_kernels.ulysses import transport as chosen_transport
 from cachedit_kernels.ulysses.layout import even_splits
+from cachedit_kernels.ulysses.transport import VARIABLE
 from ranks import run_ranks
 
 worlds = pytest.mark.parametrize("world", [2, 4])
-each_transport = pytest.mark.usefixtures("transport")
+each_transport = pytest.mark.parametrize("transport", ["collective", "symmetric"])  # the latter over shared files
 NONE, QV, ALL = (False,) * 3, (True, False, True), (True,) * 3
 
 
-@pytest.fixture(params=["collective", "symmetric"])
-def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks inherit it; memory that they share stands in for GPUs that address each other's."""
-    monkeypatch.setenv("CACHEDIT_KERNELS_TRANSPORT", request.param)
+def forced(transport: str, function: str, *args: Any) -> Any:
+    """On a rank: a function of this module with that transport."""
+    os.environ[VARIABLE] = transport
+    result = globals()[function](*args)
+    assert chosen_transport().name == transport
+    return result
 
 
 class Case(NamedTuple):
@@ -113,8 +118,8 @@ def run_cases(cases: list[Case]) -> list[dict[str, float]]:
 
 @each_transport
 @worlds
-def test_exchanges_equal_the_single_process(world: int) -> None:
-    for errors in run_ranks(run_cases, world, CASES):
+def test_exchanges_equal_the_single_process(world: int, transport: str) -> None:
+    for errors in run_ranks(forced, world, transport, "run_cases", CASES):
         assert isinstance(errors, list), errors
         for case, error in zip(CASES, errors, strict=True):
             print(case, error)
@@ -205,8 +210,8 @@ def run_checks(case: Case) -> None:
 
 @each_transport
 @worlds
-def test_overlap_compilation_and_groups(world: int) -> None:
-    assert run_ranks(run_checks, world, CASES[2], seconds=200) == [None] * world
+def test_overlap_compilation_and_groups(world: int, transport: str) -> None:
+    assert run_ranks(forced, world, transport, "run_checks", CASES[2], seconds=200) == [None] * world
 
 
 def refusals() -> list[str]:
@@ -233,9 +238,9 @@ def refusals() -> list[str]:
 
 
 @each_transport
-def test_refusals_name_the_argument() -> None:
+def test_refusals_name_the_argument(transport: str) -> None:
     qkv, o = "quantized_all_to_all", "quantized_all_to_all_output"
-    for rank, messages in enumerate(run_ranks(refusals, 2)):
+    for rank, messages in enumerate(run_ranks(forced, 2, transport, "refusals")):
         got = ((3, 3), (6, 6))[rank]
         assert messages == [
             f"{qkv}: tensors[0] must have the shape (batch, length, heads, head_dim), got (4, 6, 8)",
@@ -258,8 +263,8 @@ def one_rank_raises() -> None:
 
 
 @each_transport
-def test_a_rank_that_raises_makes_the_others_fail() -> None:
+def test_a_rank_that_raises_makes_the_others_fail(transport: str) -> None:
     start = time.monotonic()
-    results = run_ranks(one_rank_raises, 2, seconds=60, collective=10)
+    results = run_ranks(forced, 2, transport, "one_rank_raises", seconds=60, collective=10)
     assert "this rank gives up" in results[1] and "Error" in results[0], results
     assert time.monotonic() - start < 60

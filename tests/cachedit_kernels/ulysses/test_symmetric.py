@@ -6,8 +6,10 @@ That results are those of the all-to-all, for uneven everything, is in test_exch
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,12 +24,11 @@ from ranks import run_ranks
 PLAIN = (False,) * 3
 
 
-@pytest.fixture
-def shared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Makes ranks exchange by writing; the folder of their files."""
-    monkeypatch.setenv(VARIABLE, "symmetric")
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    return tmp_path
+def forced(folder: Path, function: str, *args: Any) -> Any:
+    """On a rank: a function of this module, by writing, with shared files in a folder."""
+    os.environ[VARIABLE] = "symmetric"
+    tempfile.tempdir = str(folder)
+    return globals()[function](*args)
 
 
 def only_slots() -> symmetric.Slots:
@@ -72,9 +73,9 @@ def one_after_the_other(rounds: int) -> int:
     return only_slots().allocated
 
 
-def test_two_slots_serve_what_follows_one_another(shared: Path) -> None:
-    assert run_ranks(one_after_the_other, 2, 20) == [2, 2]
-    assert not list(shared.glob("cachedit-*"))  # mapped, and no longer there
+def test_two_slots_serve_what_follows_one_another(tmp_path: Path) -> None:
+    assert run_ranks(forced, 2, tmp_path, "one_after_the_other", 20) == [2, 2]
+    assert not list(tmp_path.glob("cachedit-*"))  # mapped, and no longer there
 
 
 def several_under_way(rounds: int) -> int:
@@ -87,8 +88,8 @@ def several_under_way(rounds: int) -> int:
     return only_slots().allocated
 
 
-def test_three_under_way_take_four_slots(shared: Path) -> None:
-    assert run_ranks(several_under_way, 2, 6) == [4, 4]
+def test_three_under_way_take_four_slots(tmp_path: Path) -> None:
+    assert run_ranks(forced, 2, tmp_path, "several_under_way", 6) == [4, 4]
 
 
 def grows() -> tuple[int, int]:
@@ -101,8 +102,8 @@ def grows() -> tuple[int, int]:
     return slots.allocated, len(slots.slots)
 
 
-def test_outgrown_slots_are_freed(shared: Path) -> None:
-    assert run_ranks(grows, 2) == [(6, 2)] * 2
+def test_outgrown_slots_are_freed(tmp_path: Path) -> None:
+    assert run_ranks(forced, 2, tmp_path, "grows") == [(6, 2)] * 2
 
 
 def modes() -> str:
@@ -117,9 +118,9 @@ def modes() -> str:
     return str(error.value)
 
 
-def test_inference_mode_and_waiting_twice(shared: Path) -> None:
+def test_inference_mode_and_waiting_twice(tmp_path: Path) -> None:
     expected = "symmetric_receive: ticket must be of an exchange under way, got one that has been received"
-    assert run_ranks(modes, 2) == [expected] * 2
+    assert run_ranks(forced, 2, tmp_path, "modes") == [expected] * 2
 
 
 def transports(settings: list[str | None]) -> Transport | str:
