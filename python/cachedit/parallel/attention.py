@@ -67,7 +67,7 @@ class SequenceAttention:
             [B, Lq, H, D].
         """
         sizes = self.pieces.lengths(q.shape[1])
-        key_sizes = sizes if k.shape[1] == q.shape[1] else self.pieces.lengths(k.shape[1])
+        key_sizes = self.pieces.lengths(k.shape[1])
         if mask is not None:
             mask = self._own_rows(mask, sizes, key_sizes)
         group = self.groups.ulysses

@@ -20,36 +20,25 @@ FLUX_INPUTS = {
     "img_ids": In(-2, stream=False),
     "txt_ids": In(-2, stream=False),
 }
-BLOCK_INPUTS = {"hidden_states": TOKENS, "encoder_hidden_states": TOKENS}
+CONTROLLED_INPUTS = {
+    **FLUX_INPUTS,
+    "controlnet_block_samples": RESIDUALS,
+    "controlnet_single_block_samples": RESIDUALS,
+}
 FLUX_JOINED = (".encoder_hidden_states", ".hidden_states")
 
-
-# Image and text are split on their way into the first block, and the image is gathered after the last layer.
+# Models that make sequences of them: split on their way into the first block, the image gathered after the last layer.
+BLOCK_INPUTS = {"hidden_states": TOKENS, "encoder_hidden_states": TOKENS}
 FROM_FIRST_BLOCK: dict[str, Any] = {"transformer_blocks.0": BLOCK_INPUTS, "proj_out": GATHERED}
-
-
 FIRST_BLOCK = ("transformer_blocks.0.hidden_states", "transformer_blocks.0.encoder_hidden_states")
 
 PLANS: dict[str, ContextPlan] = {
-    "FluxTransformer2DModel": ContextPlan(
-        {
-            "": {**FLUX_INPUTS, "controlnet_block_samples": RESIDUALS, "controlnet_single_block_samples": RESIDUALS},
-            "proj_out": GATHERED,
-        }
-    ),
+    "FluxTransformer2DModel": ContextPlan({"": CONTROLLED_INPUTS, "proj_out": GATHERED}),
     "ChromaTransformer2DModel": ContextPlan(
-        {
-            "": {**FLUX_INPUTS, "controlnet_block_samples": RESIDUALS, "controlnet_single_block_samples": RESIDUALS},
-            "proj_out": GATHERED,
-        },
+        {"": CONTROLLED_INPUTS, "proj_out": GATHERED},
         joined=FLUX_JOINED,
     ),
-    "BriaTransformer2DModel": ContextPlan(
-        {
-            "": {**FLUX_INPUTS, "controlnet_block_samples": RESIDUALS, "controlnet_single_block_samples": RESIDUALS},
-            "proj_out": GATHERED,
-        }
-    ),
+    "BriaTransformer2DModel": ContextPlan({"": CONTROLLED_INPUTS, "proj_out": GATHERED}),
     "BriaFiboTransformer2DModel": ContextPlan(
         {"": {**FLUX_INPUTS, "text_encoder_layers": TOKENS}, "proj_out": GATHERED}, joined=FLUX_JOINED
     ),

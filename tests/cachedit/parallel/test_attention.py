@@ -46,6 +46,8 @@ CASES = [
     Case(33, mask="bool"),
     Case(33, mask="added"),
     Case(29, keys=50, mask="bool", whole_mask=True),
+    Case(6, keys=5),  # alike on some ranks
+    Case(3),  # some ranks have none of 4
     Case(26, mask="first only"),  # some ranks' keys are all masked
 ]
 SIZES = {2: [Sizes(1, 2, 1), Sizes(2, 1, 1)], 4: [Sizes(1, 4, 1), Sizes(2, 2, 1), Sizes(4, 1, 1)]}
