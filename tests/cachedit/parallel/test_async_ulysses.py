@@ -219,6 +219,12 @@ def special_cases() -> dict[str, Any]:
         tiny = build(name)
         tiny.pipe.transformer.fuse_qkv_projections()
         found[f"fused {name}"] = difference(*both(tiny, ulysses_size=2))
+    tiny = build("QwenImagePipeline")
+    unmasked = tiny(2)
+    tiny.inputs["prompt_embeds_mask"] = torch.tensor([[1, 1, 1, 1, 0]])
+    alone, (synchronous, asynchronous) = tiny(2), both(tiny, ulysses_size=2)
+    found["masked"] = difference(asynchronous, synchronous), difference(asynchronous, alone)
+    found["effect of the mask"] = difference(alone, unmasked)
     tiny = build("Flux2Pipeline")
     hooked: list[int] = []
     layer = tiny.pipe.transformer.single_transformer_blocks[0].attn.to_qkv_mlp_proj
@@ -236,7 +242,7 @@ def special_cases() -> dict[str, Any]:
     return found
 
 
-def test_cache_other_processors_fused_projections_and_refusals():
+def test_cache_other_processors_masks_fused_projections_and_refusals():
     for found in run_ranks(special_cases, 2):
         assert isinstance(found, dict), found
         assert found["async decisions"] == found["sync decisions"] and found["cached"] < 1e-5
@@ -244,6 +250,7 @@ def test_cache_other_processors_fused_projections_and_refusals():
         assert found["changed"] < 1e-5 and found["order"] == TOGETHER.split(), found["order"]
         assert found["messages"] == ["ulysses_async: Changed sends Q, K and V together"]
         assert found["fused FluxPipeline"] < 1e-5 and found["fused WanPipeline"] < 1e-5
+        assert max(found["masked"]) < 1e-5 < found["effect of the mask"], found["masked"]
         assert found["hooked"] < 1e-5 and found["hook calls"] == 2 * 2
         assert "ulysses_async: the attention of LTXVideoTransformer3DModel" in found["refused"]
         assert FAMILIES in found["refused"] and found["nothing changed"]
