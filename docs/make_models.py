@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from cachedit.models import UNCOVERED, matrix_rows
+import diffusers
+
+from cachedit.models import MODELS, UNCOVERED, matrix_rows
 from cachedit.models.matrix import TITLES
+from cachedit.parallel import plan_table, tensor_plans
 
 PATH = Path(__file__).with_name("models.md")
 INTRODUCTION = """# Models
@@ -86,6 +89,14 @@ does what plain forward hooks do; branches do not mix; requests of other sizes a
 Where a loop does more than call its blocks, and what it does would be lost with them, the row names a `PatchFunctor`.
 """
 
+PARALLEL = """
+## On several ranks
+
+How a transformer is shared out by `ParallelismConfig` ([parallelism.md](parallelism.md)): by the plan that diffusers
+has for it, by a row of ours (`python/cachedit/parallel/`), or why sequences are not split. Those that are not here work
+with the cache on one GPU, or with a `cp_plan` of your own.
+"""
+
 
 def render() -> str:
     """The text of docs/models.md."""
@@ -95,10 +106,25 @@ def render() -> str:
         INTRODUCTION,
         f"## Pipelines\n\n{tested} classes are tested.\n",
         *lines(TITLES, ((code(row.pipeline), code(row.transformer), *row[2:]) for row in rows)),
+        PARALLEL,
+        *lines(("transformer", "split sequences", "tensor parallel"), parallel_rows()),
         "\n## Not in the table\n",
         *lines(("transformer", "reason"), sorted((code(name), reason) for name, reason in UNCOVERED.items())),
     ]
     return "\n".join(parts) + "\n"
+
+
+def parallel_rows() -> Iterator[tuple[str, ...]]:
+    """How each transformer is shared among ranks, for those that are."""
+    for name in sorted({*MODELS, *plan_table.PLANS}):
+        cls = getattr(diffusers, name, None)
+        names = [base.__name__ for base in getattr(cls, "__mro__", ())]
+        sequence = "row" if any(base in plan_table.PLANS for base in names) else ""
+        tensor = "row" if any(base in tensor_plans.PLANS for base in names) else ""
+        sequence = sequence or ("diffusers" if getattr(cls, "_cp_plan", None) else plan_table.UNSPLIT.get(name, ""))
+        tensor = tensor or ("diffusers" if getattr(cls, "_tp_plan", None) else "")
+        if sequence or tensor:
+            yield code(name), sequence, tensor
 
 
 def code(name: str) -> str:

@@ -148,6 +148,19 @@ OOBLECK = {
     "decoder_channels": 4,
     "decoder_input_channels": 4,
 }
+MINIMAX = {
+    "latent_channels": 4,
+    "block_out_channels": (8,) * 6,
+    "layers_per_block": 1,
+    "norm_num_groups": 2,
+    "decoder_num_layers": 1,
+    "decoder_num_attention_heads": 2,
+    "decoder_attention_head_dim": 16,
+    "decoder_num_register_tokens": 1,
+    "decoder_ffn_mult": 1,
+    "latents_mean": (0.0,) * 4,
+    "latents_std": (1.0,) * 4,
+}
 KVAE = {"channels": 32, "num_enc_blocks": 1, "num_dec_blocks": 1, "z_channels": 4, "ch_mult": (1, 1), "sample_size": 32}
 FRAMES = {"tile_sample_min_num_frames": 8, "tile_sample_stride_num_frames": 4}
 FRAMEWISE = {"use_framewise_encoding": True, "use_framewise_decoding": True}
@@ -227,6 +240,18 @@ CASES = {
     ),
     "AutoencoderDC": Case("AutoencoderDC", DC, (1, 4, 18, 13), (1, 3, 36, 26), square(16, 12)),
     "AutoencoderKLMochi": Case("AutoencoderKLMochi", MOCHI, (1, 12, 2, 4, 3), (1, 3, 7, 32, 24), square(16, 8)),
+    "AutoencoderKLMiniMaxH3": Case(
+        "AutoencoderKLMiniMaxH3",
+        MINIMAX,
+        (1, 4, 7, 7, 4),
+        (1, 3, 17, 112, 64),
+        {
+            "tile_sample_min_height": 64,
+            "tile_sample_min_width": 64,
+            "tile_sample_min_overlap_height": 16,
+            "tile_sample_min_overlap_width": 16,
+        },
+    ),
     "Mochi, framewise": Case(
         "AutoencoderKLMochi", MOCHI, (1, 12, 4, 3, 2), None, square(16, 8), {"use_framewise_decoding": True}
     ),

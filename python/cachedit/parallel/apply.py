@@ -16,7 +16,7 @@ from .attention import LSE_BACKENDS, SequenceAttention
 from .config import ParallelismConfig, Sizes
 from .extra import Extra, find_extra
 from .groups import Groups
-from .plans import ContextPlan, attention_modules, find_plan
+from .plans import UNSPLIT, ContextPlan, attention_modules, find_plan
 from .processors import parallelise_attention
 from .split import Pieces, hook_plan
 from .tensor import check_tensor_parallel, shard_transformer
@@ -101,11 +101,8 @@ def prepare_parallelism(
     """
     config.validate()
     sizes = config.sizes(dist.get_world_size(group))
-    if sizes.ring > 1 and config.attention_backend not in (None, *LSE_BACKENDS):
-        raise ValueError(
-            f"attention_backend must be one of {', '.join(LSE_BACKENDS)} for ring attention, "
-            f"got {config.attention_backend!r}"
-        )
+    if config.attention_backend is not None:
+        _check_backend(config.attention_backend, sizes)
     extra = find_extra(pipe, config.extra_parallel_modules)
     others = [item for item in extra if item.kind != "controlnet"]
     for item in others:
@@ -117,14 +114,24 @@ def prepare_parallelism(
             _check_shards(transformer, sizes.tp, check_tensor_parallel, transformer, sizes.tp)
         row = find_plan(transformer, config.cp_plan if transformer in transformers else None)
         if sizes.sequence > 1 and row is None:
+            name = type(transformer).__name__
+            reason = UNSPLIT.get(name, "it is not known how to split it; give a cp_plan")
             raise ValueError(
-                f"parallelism_config: it is not known how to split {type(transformer).__name__}; give a cp_plan, or "
-                "use tp_size alone"
+                f"parallelism_config: {name} does not run on split sequences: {reason}; or use tp_size alone"
             )
         if config.ulysses_async and sizes.ulysses > 1 and row is not None:
             check_send_early(transformer, attention_modules(transformer, row))
         rows.append((transformer, row if sizes.sequence > 1 else None))
     return Parallelism(config, sizes, group, rows, others)
+
+
+def _check_backend(name: str, sizes: Sizes) -> None:
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    names = LSE_BACKENDS if sizes.ring > 1 else [backend.value for backend in AttentionBackendName]
+    if name not in names:
+        for_ring = " for ring attention" if sizes.ring > 1 else ""
+        raise ValueError(f"attention_backend must be one of {', '.join(names)}{for_ring}, got {name!r}")
 
 
 def _check_shards(module: nn.Module, shards: int, check: Callable[..., None], *args: Any) -> None:
@@ -178,10 +185,10 @@ def _split(
     undo: list[Callable[[], None]],
 ) -> None:
     assert groups.sequence is not None
-    pieces = Pieces(groups.sequence)
+    pieces = Pieces(groups.sequence, row.joined)
     undo.append(hook_plan(transformer, row.plan, pieces))
     modules = attention_modules(transformer, row)
-    attention = SequenceAttention(groups, config, pieces, config.attention_backend or _backend_of(modules))
+    attention = SequenceAttention(groups, config, pieces, _backend_of(modules))
     if config.ulysses_async and groups.ulysses is not None:
         undo.append(send_early(transformer, modules, attention))
     undo.append(parallelise_attention(modules, attention))

@@ -59,7 +59,7 @@ class SequenceAttention:
         Args:
             q: [B, Lq, H, D], this rank's tokens, all heads.
             k, v: [B, Lk, H, D], the same; their sequence may be another one than q's.
-            mask: None, or over keys: [B, Lk], or one that broadcasts to [B, 1, 1, Lk], of this rank's keys or all.
+            mask: None, or as :meth:`Pieces.mask` takes it.
             local: Attention on one rank, for where no ring is.
             scale: As in ``scaled_dot_product_attention``.
 
@@ -69,7 +69,7 @@ class SequenceAttention:
         sizes = self.pieces.lengths(q.shape[1])
         key_sizes = sizes if k.shape[1] == q.shape[1] else self.pieces.lengths(k.shape[1])
         if mask is not None:
-            mask = self._whole_mask(mask, k.shape[1], key_sizes)
+            mask = self._own_rows(mask, sizes, key_sizes)
         group = self.groups.ulysses
         if group is None:
             return self._attend(q, k, v, mask, local, key_sizes, scale)
@@ -107,7 +107,7 @@ class SequenceAttention:
             begin_scatter_heads([part("k")], group, sizes[members], (False,)),
         ]
         if mask is not None:
-            mask = self._whole_mask(mask, length, sizes)
+            mask = self._own_rows(mask, sizes, sizes)
         v, q, k = (_arrived(exchange)[0] for exchange in coming)  # waited for in the order in which they have begun
         out = self._attend(q, k, v, mask, local, sizes, None)
         result = begin_scatter_sequence([out], group, heads, sizes[members], (self.float8,))
@@ -133,21 +133,11 @@ class SequenceAttention:
             return torch.empty_like(q)
         return local(q, k, v, mask) if self.groups.ring is None else self._ring(q, k, v, mask, key_sizes, scale)
 
-    def _whole_mask(self, mask: Tensor, length: int, sizes: Sequence[int]) -> Tensor:
-        """A mask over all keys, as [B, 1, 1, L]."""
-        flat = mask.dim() == 2 or mask.shape[1:-1].numel() == 1
-        if not flat:
-            raise ValueError(
-                "attention masks must be over keys alone, [B, L] or [B, 1, 1, L], under sequence parallelism; got "
-                f"{tuple(mask.shape)}"
-            )
-        if mask.shape[-1] == length:
-            mask = self.pieces.gather_mask(mask, sizes)
-        elif mask.shape[-1] != sum(sizes):
-            raise ValueError(
-                f"attention mask must be over {length} keys of this rank or all {sum(sizes)}, got {mask.shape[-1]}"
-            )
-        return mask.reshape(mask.shape[0], 1, 1, -1)
+    def _own_rows(self, mask: Tensor, sizes: tuple[int, ...], key_sizes: tuple[int, ...]) -> Tensor:
+        """A mask over all keys, of the queries that this rank attends for."""
+        mask = self.pieces.mask(mask, sizes, key_sizes)
+        members = self._members()
+        return mask if mask.shape[2] == 1 else mask.narrow(2, sum(sizes[: members.start]), sum(sizes[members]))
 
     def _ring(
         self,
@@ -225,7 +215,7 @@ def attention_with_lse(
     Args:
         q: [B, Lq, H, D].
         k, v: [B, Lk, H, D].
-        mask: None, or [B, 1, 1, Lk], boolean (True takes part) or added to the scores.
+        mask: None, or [B, 1, 1 or Lq, Lk], boolean (True takes part) or added to the scores.
         scale: Default: 1 / sqrt(D).
         backend: One of ``LSE_BACKENDS``, None for native.
 
@@ -240,7 +230,7 @@ def attention_with_lse(
         return out, lse.squeeze(-1) if lse.dim() == 4 else lse
     if mask is not None and mask.dtype is torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
-    none = None if mask is None else torch.isneginf(mask).all(-1)
+    none = None if mask is None else torch.isneginf(mask).all(-1).transpose(1, 2)  # [B, 1 or Lq, 1]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if q.device.type == "cpu":
         cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -1,51 +1,19 @@
 """Where each model's sequences are split and gathered, in the form of diffusers' ``_cp_plan``.
 
-Diffusers says it for some models; the rows here are for others. A row is data: how it is used is in split.py.
+Diffusers says it for some models; the rows of plan_table.py are for others. How they are used is in split.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
 from ..models import find_entry
+from .plan_entries import ContextPlan, In, Out, Tokens
+from .plan_table import PLANS, UNSPLIT
 
-__all__ = ["PLANS", "ContextPlan", "find_plan"]
-
-
-@dataclass(frozen=True)
-class In:
-    """A tensor that is split (has the fields of diffusers' ``ContextParallelInput``)."""
-
-    split_dim: int
-    expected_dims: int | None = None
-    split_output: bool = False
-
-
-@dataclass(frozen=True)
-class Out:
-    """A tensor that is gathered (has the fields of diffusers' ``ContextParallelOutput``)."""
-
-    gather_dim: int
-    expected_dims: int | None = None
-
-
-class ContextPlan(NamedTuple):
-    """How one transformer class is split.
-
-    Args:
-        plan: By module name: what is split on the way in, or gathered on the way out.
-        attention: Which modules attend over the pieces: beginnings of their names, ``*`` for one part of a name.
-            Empty: all that lie where sequences are split.
-    """
-
-    plan: dict[str, Any]
-    attention: tuple[str, ...] = ()
-
-
-PLANS: dict[str, ContextPlan] = {}
+__all__ = ["PLANS", "UNSPLIT", "ContextPlan", "In", "Out", "Tokens", "attention_modules", "find_plan"]
 
 
 def find_plan(transformer: nn.Module, given: dict[str, Any] | None = None) -> ContextPlan | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,14 +27,18 @@ def parallelise_attention(modules: Sequence[nn.Module], attention: SequenceAtten
         attention: What they run.
     """
     changed: list[tuple[Any, dict[str, Any], type]] = []
+    handles = [module.register_forward_pre_hook(_Unchanged(module.processor)) for module in modules]
     for processor in {id(module.processor): module.processor for module in modules}.values():
         changed.append((processor, dict(vars(processor)), processor.__class__))
+        mode: type[_EmptyPieces] = _Interception
         if hasattr(processor, "_parallel_config"):
             vars(processor).update(_parallel_config=attention, _attention_backend=_backend(attention.backend))
-        else:
-            processor.__class__ = _intercepting(processor.__class__, attention)
+            mode = _EmptyPieces
+        processor.__class__ = _within(mode, processor.__class__, attention)
 
     def undo() -> None:
+        for handle in handles:
+            handle.remove()
         for processor, before, cls in changed:
             processor.__class__ = cls
             for name in ("_parallel_config", "_attention_backend"):
@@ -42,6 +47,21 @@ def parallelise_attention(modules: Sequence[nn.Module], attention: SequenceAtten
                     vars(processor)[name] = before[name]
 
     return undo
+
+
+class _Unchanged:
+    """A processor that is put in place of the one that was made parallel would attend over this rank's tokens alone."""
+
+    def __init__(self, processor: Any):
+        self.processor = processor
+
+    def __call__(self, module: Any, args: Any) -> None:
+        if module.processor is not self.processor:
+            raise RuntimeError(
+                f"attention is sequence-parallel here, and its processor was replaced by a "
+                f"{type(module.processor).__name__}: enable parallelism after processors are set; pipelines that set "
+                "their own while they run (perturbed-attention guidance) cannot be split over a sequence"
+            )
 
 
 @functools.cache
@@ -84,26 +104,43 @@ def _backend(local_backend: str | None) -> Any:
     return name
 
 
-def _intercepting(original: type, attention: SequenceAttention) -> type:
+def _within(mode: type[_EmptyPieces], original: type, attention: SequenceAttention) -> type:
+    """A processor class whose calls run in a mode."""
+
     @functools.wraps(original.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _Interception(attention):
+        if mode is _EmptyPieces and not attention.pieces.empty:
+            return original.__call__(self, *args, **kwargs)
+        with mode(attention):
             return original.__call__(self, *args, **kwargs)
 
     return type(original.__name__, (original,), {"__call__": call, "_cachedit_attention": attention})
 
 
-class _Interception(TorchFunctionMode):
-    """Inside, ``scaled_dot_product_attention`` runs over all ranks' tokens."""
+class _EmptyPieces(TorchFunctionMode):
+    """Inside, an empty tensor can be reshaped with a size left open, as where a short text leaves a rank none of it."""
 
     def __init__(self, attention: SequenceAttention):
         super().__init__()
         self.attention = attention
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.reshape and args[0].numel() == 0:
+            tensor, *shape = args if len(args) > 2 else (args[0], *args[1])
+            if 0 in shape and -1 in shape:  # torch cannot tell -1: take it as if what is empty had one token
+                filled = math.prod(max(size, 1) for size in tensor.shape)
+                known = math.prod(max(size, 1) for size in shape)
+                return func(tensor, [filled // known if size == -1 else size for size in shape])
+        return func(*args, **(kwargs or {}))
+
+
+class _Interception(_EmptyPieces):
+    """Inside, ``scaled_dot_product_attention`` runs over all ranks' tokens."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             return self._attend(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
 
     def _attend(
         self,

@@ -8,7 +8,7 @@ that other ranks have in attention follow from the lengths that were split: noth
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import combinations
 from typing import Any
@@ -22,6 +22,7 @@ from cachedit_kernels.ulysses.layout import even_splits
 
 from ..blocks import SPLIT
 from .groups import all_gather
+from .plans import Tokens
 
 __all__ = ["Pieces", "hook_plan"]
 
@@ -31,26 +32,47 @@ class Pieces:
 
     Args:
         group: Its members hold the pieces in their order.
+        joined: Names of the sequences that the model's attention joins, in the order in which masks cover them.
     """
 
-    def __init__(self, group: dist.ProcessGroup):
+    def __init__(self, group: dist.ProcessGroup, joined: tuple[str, ...] = ()):
         self.group = group
+        self.joined = joined
         self.count = dist.get_world_size(group)
         self.mine = dist.get_rank(group)
         self.forget()
 
     def forget(self) -> None:
         """A forward begins."""
-        self.streams: dict[str, int] = {}  # what was split, and how long it was
-        self.gathered: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by id: a piece, and the whole of it
+        self.streams: dict[str, tuple[int, ...]] = {}  # what was split, and how long each rank's piece is
+        self.masks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by id: as given, and as attention takes it
+
+    @property
+    def empty(self) -> bool:
+        """Whether this rank has no token of some sequence."""
+        return any(sizes[self.mine] == 0 for sizes in self.streams.values())
 
     def split(self, tensor: torch.Tensor, dim: int, name: str | None = None) -> torch.Tensor:
         """This rank's piece. ``name`` is given for what attention may run over."""
-        total = tensor.shape[dim]
+        sizes = even_splits(tensor.shape[dim], self.count)
         if name is not None:
-            self.streams[name] = total
-        sizes = even_splits(total, self.count)
+            self.streams[name] = sizes
         return tensor.narrow(dim, sum(sizes[: self.mine]), sizes[self.mine])
+
+    def own_of(self, tokens: int, name: str, last: bool) -> int:
+        """How many of so many first, or last, tokens of a sequence that was split this rank holds."""
+        sizes = self.streams[name]
+        before, own = sum(sizes[: self.mine]), sizes[self.mine]
+        return max(0, min(own, before + own + tokens - sum(sizes) if last else tokens - before))
+
+    def note_valid(self, mask: torch.Tensor, name: str) -> None:
+        """Attention will leave out what a mask [batch, tokens] excludes, one sample at a time."""
+        if id(mask) in self.masks:  # another block has had the same
+            return
+        self.masks[id(mask)] = mask, mask
+        parts = mask.bool().split(even_splits(mask.shape[1], self.count), dim=1)
+        for sample, sizes in enumerate(torch.stack([part.sum(1) for part in parts], 1).tolist()):
+            self.streams[f"{name}[{sample}]"] = tuple(sizes)
 
     def lengths(self, length: int) -> tuple[int, ...]:
         """Lengths of the pieces of the sequence of which this rank's is ``length`` tokens long.
@@ -61,12 +83,12 @@ class Pieces:
         Raises:
             RuntimeError: If no sequence that was split has a piece of this length.
         """
-        table = _joined(tuple(sorted(self.streams.values())), self.count)
+        table = _joined(tuple(sorted(self.streams.values())))
         matching = [sizes for sizes in table if sizes[self.mine] == length]
         if not matching:
             raise RuntimeError(
                 f"attention runs over {length} tokens on rank {self.mine} of {self.count}, which is no piece of what "
-                f"the plan splits: {self.streams or 'nothing'}"
+                f"the plan splits: {({name: sum(sizes) for name, sizes in self.streams.items()}) or 'nothing'}"
             )
         if table[matching[0]]:
             return matching[0]
@@ -74,9 +96,15 @@ class Pieces:
         dist.all_gather_object(everyone, length, group=self.group)
         return tuple(everyone)
 
-    def gather(self, tensor: torch.Tensor, dim: int, sizes: Sequence[int] | None = None) -> torch.Tensor:
-        """The whole of what each rank has a piece of, in one collective."""
-        sizes = self.lengths(tensor.shape[dim]) if sizes is None else sizes
+    def gather(self, tensor: torch.Tensor, dim: int, joined: bool = False) -> torch.Tensor:
+        """The whole of what each rank has a piece of, in one collective; joined sequences one after the other."""
+        sizes = self.lengths(tensor.shape[dim])
+        whole = self._in_pieces(tensor, dim, sizes)
+        order = self._order(sizes, tensor.device) if joined else None
+        return whole if order is None else whole.index_select(dim, order.argsort())
+
+    def _in_pieces(self, tensor: torch.Tensor, dim: int, sizes: tuple[int, ...]) -> torch.Tensor:
+        """All ranks' pieces, one after the other."""
         longest = max(sizes)
         first = tensor.movedim(dim, 0)
         padded = first.new_zeros(longest, *first.shape[1:])
@@ -86,18 +114,70 @@ class Pieces:
         pieces = [piece[:size] for piece, size in zip(everyone.split(longest), sizes, strict=True)]
         return torch.cat(pieces).movedim(0, dim)
 
-    def gather_mask(self, mask: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-        """The whole of a mask over keys; once per forward, however many layers are given the same tensor."""
-        known = self.gathered.get(id(mask))
+    def _order(self, sizes: tuple[int, ...], device: torch.device) -> torch.Tensor | None:
+        """Where joined sequences, one after the other, have the tokens of one rank's pieces after the other's.
+
+        None where pieces of these sizes are not those of several joined sequences: the order is the same then.
+        """
+        streams = [self.streams[name] for name in self.joined if name in self.streams]
+        if len(streams) < 2 or tuple(map(sum, zip(*streams, strict=True))) != sizes:
+            return None
+        return torch.cat([token for rank in self._tokens(streams, device) for token in rank])
+
+    def _tokens(self, streams: list[tuple[int, ...]], device: torch.device) -> list[tuple[torch.Tensor, ...]]:
+        """By rank: where its pieces are in joined sequences, one after the other."""
+        sizes = [size for stream in streams for size in stream]
+        places = torch.arange(sum(sizes), device=device).split(sizes)
+        return [places[rank :: self.count] for rank in range(self.count)]
+
+    def split_joined(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """This rank's pieces of what goes with joined sequences, one after the other."""
+        streams = [self.streams[name] for name in self.joined]
+        return tensor.index_select(dim, torch.cat(self._tokens(streams, tensor.device)[self.mine]))
+
+    def mask(self, mask: torch.Tensor, rows: tuple[int, ...], columns: tuple[int, ...]) -> torch.Tensor:
+        """A mask over all ranks' tokens, one rank's piece after the other; made once for one tensor in a forward.
+
+        Args:
+            mask: [B, Lk], [B, Lq, Lk] or [B, 1, Lq, Lk], where Lq may be 1. Either over all tokens, in the order of
+                the model, or over those of this rank: then over keys alone, or boolean and square, made of one over
+                keys: what lets a token be seen is on the diagonal. What it sees otherwise when it is not to be
+                seen itself is left out, as nobody looks at it.
+            rows, columns: Sizes of the pieces of queries and keys.
+
+        Returns:
+            [B, 1, 1 or Lq, Lk].
+
+        Raises:
+            ValueError: For other shapes.
+        """
+        known = self.masks.get(id(mask))
         if known is None:
-            known = self.gathered[id(mask)] = mask, self.gather(mask, mask.dim() - 1, sizes)
+            known = self.masks[id(mask)] = mask, self._whole_mask(mask, rows, columns)
         return known[1]
+
+    def _whole_mask(self, given: torch.Tensor, rows: tuple[int, ...], columns: tuple[int, ...]) -> torch.Tensor:
+        mask = given[:, None, None] if given.dim() == 2 else given[:, None] if given.dim() == 3 else given
+        heads, queries, keys = mask.shape[1:]
+        here = rows[self.mine], columns[self.mine]
+        if keys == here[1] and queries == here[0] == here[1] and mask.dtype is torch.bool:
+            mask, queries = mask.diagonal(dim1=2, dim2=3)[:, :, None], 1
+        if heads == queries == 1 and keys == here[1]:
+            return self._in_pieces(mask, 3, columns)
+        if heads != 1 or queries not in (1, sum(rows)) or keys != sum(columns):
+            raise ValueError(
+                f"attention masks must be over all {sum(columns)} keys, or over the {here[1]} keys of this rank and "
+                f"the same for all queries and heads, under sequence parallelism; got {tuple(given.shape)}"
+            )
+        for dim, sizes in ((2, rows), (3, columns)):
+            order = self._order(sizes, mask.device) if mask.shape[dim] == sum(sizes) else None
+            mask = mask if order is None else mask.index_select(dim, order)
+        return mask
 
 
 @lru_cache(maxsize=256)
-def _joined(lengths: tuple[int, ...], count: int) -> dict[tuple[int, ...], bool]:
+def _joined(splits: tuple[tuple[int, ...], ...]) -> dict[tuple[int, ...], bool]:
     """Sizes of the pieces of each sequence, and of each choice of several joined; whether they can't be mistaken."""
-    splits = [even_splits(length, count) for length in lengths]
     sums = {
         tuple(map(sum, zip(*chosen, strict=True)))
         for number in range(1, len(splits) + 1)
@@ -107,21 +187,24 @@ def _joined(lengths: tuple[int, ...], count: int) -> dict[tuple[int, ...], bool]
 
 
 class _Split:
-    """Splits inputs of one module, or what it returns.
+    """Splits and gathers inputs of one module, and what it returns.
 
     Args:
         module: The module.
-        name: What errors and ``Pieces`` call it.
-        entries: By the name of a parameter, or by the index of an output, how it is split (``ContextParallelInput``).
+        name: Its key in the plan.
+        entries: By the name of a parameter, or by the index of an output: how it is split (``ContextParallelInput``)
+            or gathered (``ContextParallelOutput``), or a number of tokens (``Tokens``).
     """
 
     def __init__(self, pieces: Pieces, module: nn.Module, name: str, entries: dict[Any, Any]):
         self.pieces = pieces
         self.name = name
         self.inputs = {key: entry for key, entry in entries.items() if isinstance(key, str)}
-        self.outputs = {key: entry for key, entry in entries.items() if not isinstance(key, str)}
-        self.parameters = list(inspect.signature(module.forward).parameters)
-        unknown = [key for key in self.inputs if key not in self.parameters]
+        self.outputs = {key: entry for key, entry in entries.items() if not isinstance(key, str) and entry is not None}
+        parameters = inspect.signature(module.forward).parameters
+        self.parameters = list(parameters)
+        takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        unknown = [key for key in self.inputs if key not in parameters and not takes_more]
         if unknown:
             raise ValueError(
                 f"cp_plan: forward of {name or type(module).__name__} has no parameter {unknown[0]!r}; "
@@ -131,17 +214,17 @@ class _Split:
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         given = list(args)
         for name, entry in self.inputs.items():
-            place = self.parameters.index(name)
             if name in kwargs:
                 kwargs[name] = self._one(kwargs[name], entry, name)
-            elif place < len(given):
+            elif name in self.parameters[: len(given)]:
+                place = self.parameters.index(name)
                 given[place] = self._one(given[place], entry, name)
         return tuple(given), kwargs
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         outputs = [output] if isinstance(output, torch.Tensor) else list(output)
         for index, entry in self.outputs.items():
-            outputs[index] = self._one(outputs[index], entry, None)
+            outputs[index] = self._one(outputs[index], entry, index)
         return outputs[0] if isinstance(output, torch.Tensor) else type(output)(outputs)
 
     def stream(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -149,30 +232,26 @@ class _Split:
         entry = self.inputs.get(name)
         return tensor if entry is None else self._one(tensor, entry, name)
 
-    def _one(self, value: Any, entry: Any, name: str | None) -> Any:
+    def _one(self, value: Any, entry: Any, name: str | int | None) -> Any:
         if isinstance(value, (list, tuple)):
             entries = entry if isinstance(entry, (list, tuple)) else [entry] * len(value)
-            return type(value)(self._one(item, e, name) for item, e in zip(value, entries, strict=True))
-        if not isinstance(value, torch.Tensor) or value.dim() != (entry.expected_dims or value.dim()):
+            return type(value)(self._one(item, e, None) for item, e in zip(value, entries, strict=True))
+        if isinstance(value, dict):
+            return {key: self._one(item, entry, None) for key, item in value.items()}
+        if isinstance(value, int) and isinstance(entry, Tokens):
+            return self.pieces.own_of(value, entry.stream, entry.last)
+        if not isinstance(value, torch.Tensor) or value.dim() != (getattr(entry, "expected_dims", 0) or value.dim()):
             return value
-        # Attention runs over features, [batch, tokens, channels]; masks and positions go with them.
-        is_stream = name is not None and value.dim() > 2 and value.is_floating_point()
-        return self.pieces.split(value, entry.split_dim, f"{self.name}.{name}" if is_stream else None)
-
-
-class _Gather:
-    """Gathers what one module returns."""
-
-    def __init__(self, pieces: Pieces, entries: Sequence[Any]):
-        self.pieces = pieces
-        self.entries = entries
-
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        outputs = [output] if isinstance(output, torch.Tensor) else list(output)
-        for index, entry in enumerate(self.entries):
-            if entry is not None:
-                outputs[index] = self.pieces.gather(outputs[index], entry.gather_dim)
-        return outputs[0] if isinstance(output, torch.Tensor) else type(output)(outputs)
+        if hasattr(entry, "gather_dim"):
+            return self.pieces.gather(value, entry.gather_dim, getattr(entry, "joined", False))
+        if getattr(entry, "joined", False):
+            return self.pieces.split_joined(value, entry.split_dim)
+        if getattr(entry, "valid", False):
+            self.pieces.note_valid(value, f"{self.name}.{name}")
+        stream = getattr(entry, "stream", None)
+        if stream is None:  # Attention runs over features, [batch, tokens, channels]; masks and positions go with them.
+            stream = isinstance(name, str) and value.dim() > 2 and value.is_floating_point()
+        return self.pieces.split(value, entry.split_dim, f"{self.name}.{name}" if stream else None)
 
 
 def hook_plan(root: nn.Module, plan: dict[str, Any], pieces: Pieces) -> Callable[[], None]:
@@ -181,22 +260,22 @@ def hook_plan(root: nn.Module, plan: dict[str, Any], pieces: Pieces) -> Callable
     Raises:
         ValueError: For a module or a parameter that the model does not have. Nothing is changed then.
     """
-    hooks: list[tuple[nn.Module, _Split | _Gather]] = []
-    for name, entries in plan.items():
-        for path, module in _modules(root, name):
-            if isinstance(entries, dict):
-                hooks.append((module, _Split(pieces, module, path, entries)))
-            else:
-                hooks.append((module, _Gather(pieces, entries if isinstance(entries, (list, tuple)) else [entries])))
+    hooks: list[tuple[nn.Module, _Split]] = []
+    for name, given in plan.items():
+        entries = given
+        if not isinstance(given, dict):
+            entries = dict(enumerate(given if isinstance(given, (list, tuple)) else [given]))
+        hooks += [(module, _Split(pieces, module, name, entries)) for module in _modules(root, name)]
     handles: list[RemovableHandle] = [root.register_forward_pre_hook(lambda *_: pieces.forget())]
     marked = []
     for module, hook in hooks:
-        if isinstance(hook, _Split) and hook.inputs:
+        whole = any(hasattr(entry, "gather_dim") for entry in hook.outputs.values())
+        if hook.inputs:
             handles.append(module.register_forward_pre_hook(hook.before, with_kwargs=True))
-            if module is not root and SPLIT not in vars(module):
+            if module is not root and not whole and SPLIT not in vars(module):
                 vars(module)[SPLIT] = hook
                 marked.append(module)
-        if isinstance(hook, _Gather) or hook.outputs:
+        if hook.outputs:
             handles.append(module.register_forward_hook(hook.after))
 
     def undo() -> None:
@@ -208,15 +287,13 @@ def hook_plan(root: nn.Module, plan: dict[str, Any], pieces: Pieces) -> Callable
     return undo
 
 
-def _modules(root: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
+def _modules(root: nn.Module, name: str) -> list[nn.Module]:
     """The modules that a plan's key means; ``blocks.*`` are all blocks, ``blocks.*.attn`` a part of each."""
     before, star, after = name.partition("*")
     try:
         if not star:
-            return [(name, root.get_submodule(name))]
-        return [
-            (f"{before}{child}{after}", root.get_submodule(f"{before}{child}{after}"))
-            for child, _ in root.get_submodule(before.rstrip(".")).named_children()
-        ]
+            return [root.get_submodule(name)]
+        children = root.get_submodule(before.rstrip(".")).named_children()
+        return [root.get_submodule(f"{before}{child}{after}") for child, _ in children]
     except AttributeError as error:
         raise ValueError(f"cp_plan: {type(root).__name__} has no module {name!r}") from error

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = ["SUPPORTED", "Handle", "check_tiles", "share_tiles"]
 
-# Classes of diffusers whose shared results are proved equal. docs/parallelism.md says why others are left out.
+# Classes of diffusers whose shared results are proved equal. docs/parallel-vae.md says why others are left out.
 SUPPORTED = (
     "AutoencoderDC",
     "AutoencoderKL",
@@ -42,6 +42,7 @@ SUPPORTED = (
     "AutoencoderKLKVAE",
     "AutoencoderKLLTX2Video",
     "AutoencoderKLLTXVideo",
+    "AutoencoderKLMiniMaxH3",
     "AutoencoderKLMochi",
     "AutoencoderKLQwenImage",
     "AutoencoderKLQwenImage21",
@@ -313,7 +314,9 @@ class Unnormalized(TorchFunctionMode):
 def _signature(vae: nn.Module, coder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
     """All that the plan depends on."""
     inputs = [
-        (leaf.shape, leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else repr(leaf)
+        (leaf.shape, leaf.stride(), leaf.dtype, leaf.device, torch.is_autocast_enabled(leaf.device.type))
+        if isinstance(leaf, Tensor)
+        else repr(leaf)
         for leaf in tree_leaves((args, sorted(kwargs.items())))
     ]
     settings = [(name, value) for name, value in vars(vae).items() if isinstance(value, int | float | tuple)]

@@ -205,6 +205,7 @@ def refusals_on_a_rank() -> list[str]:
     refused(None, ulysses_size=3)
     refused(None, ulysses_size=2, ulysses_float8=bool(rank))
     refused(None, ring_size=2, attention_backend="xformers")
+    refused(None, ulysses_size=2, attention_backend="flash5")
     refused(DBCacheConfig(Fn_compute_blocks=1, residual_diff_threshold=0.1 + rank), ulysses_size=2)
     refused(DBCacheConfig(Fn_compute_blocks=99 if rank == 1 else 1), ulysses_size=2)
     refused(TeaCacheConfig(Fn_compute_blocks=1, metric="sea"), ulysses_size=2)
@@ -218,7 +219,8 @@ def test_errors_reach_every_rank_and_change_nothing():
     expected = [
         ("must be the number of ranks, 2",) * 2,
         ("ranks have different values of ulysses_float8: rank 0: False; rank 1: True",) * 2,
-        ("attention_backend must be one of native, flash",) * 2,
+        ("for ring attention, got 'xformers'",) * 2,
+        ("attention_backend must be one of flash, flash_hub",) * 2,
         ("ranks have different values of cache",) * 2,
         ("not enabled, as rank 1: ValueError: Fn_compute_blocks", "ValueError: Fn_compute_blocks + Bn_compute_blocks"),
         ("metric must be",) * 2,
@@ -230,6 +232,24 @@ def test_errors_reach_every_rank_and_change_nothing():
     for i, messages in enumerate(expected):
         for rank, message in enumerate(messages):
             assert message in told[rank][i], (i, rank, told[rank] if isinstance(told[rank], str) else told[rank][i])
+
+
+def backend_on_a_rank() -> tuple[float, Any]:
+    """A backend of its own for what is left to each rank."""
+    tiny = build("FluxPipeline")
+    baseline = tiny(2)
+    config = ParallelismConfig(ulysses_size=2, attention_backend="_native_math")
+    cachedit.enable_cache(tiny.pipe, parallelism_config=config)
+    cachedit.enable_cache(tiny.pipe, parallelism_config=config)
+    error = difference(tiny(2), baseline)
+    cachedit.disable_cache(tiny.pipe)
+    used = {str(p._attention_backend.value) for p in tiny.pipe.transformer.attn_processors.values()}
+    return error, used
+
+
+def test_attention_backend():
+    for error, used in run_ranks(backend_on_a_rank, 2):
+        assert error < 1e-4 and used == {"_native_math"}
 
 
 def three_dimensions_on_a_rank() -> float:

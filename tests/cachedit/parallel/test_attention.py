@@ -145,6 +145,6 @@ def test_what_is_refused():
     for told in run_ranks(refusals_on_a_rank, 2):
         assert len(told) == 4, told
         assert "is_causal must be False" in told[0]
-        assert "must be over keys alone" in told[1] and "(1, 1, 6, 6)" in told[1]
-        assert "over 6 keys of this rank or all 12, got 7" in told[2]
+        assert "the same for all queries and heads" in told[1] and "(1, 1, 6, 6)" in told[1]
+        assert "over all 12 keys, or over the 6 keys of this rank" in told[2] and "(1, 7)" in told[2]
         assert "ParallelismConfig(attention_backend=...)" in told[3]

@@ -93,9 +93,9 @@ def test_hooks_split_by_name_place_and_output():
     x, mask = torch.zeros(2, 10, 3), torch.ones(2, 10)
     out, kept, residuals, positions = model(x, mask=mask, residuals=[x, x])
     assert out.shape == (2, 5, 3) and kept.shape == (2, 5) and [r.shape[1] for r in residuals] == [5, 5]
-    assert own.streams == {".hidden_states": 10, ".residuals": 10} and positions.tolist() == [[0], [1], [2]]
+    assert own.streams == {".hidden_states": (5, 5)} and positions.tolist() == [[0], [1], [2]]
     out, kept, residuals, _ = model(x, None)  # what is not given is not split
-    assert kept is None and residuals is None and own.streams == {".hidden_states": 10}
+    assert kept is None and residuals is None and own.streams == {".hidden_states": (5, 5)}
     undo()
     assert model(x)[0].shape == x.shape
     assert before.keys() == {name for name, _ in model.named_modules()}
