@@ -1,8 +1,7 @@
 """Ulysses whose exchanges are under way while the next thing is computed.
 
-V leaves before Q is projected, Q before K is, K and whatever is left before attention waits for all three; attention's
-result leaves at once, and is waited for where it is needed. What each kind of attention does, in which order, is in
-async_processors.py.
+V leaves before Q is projected, and Q before K is; attention waits for all three. Its result leaves at once and is
+waited for where it is needed. How each kind of attention computes them is in async_processors.py.
 """
 
 from __future__ import annotations
@@ -43,14 +42,18 @@ def send_early(transformer: nn.Module, modules: Sequence[Any], attention: Sequen
         attention: What they run; its groups have a Ulysses group.
     """
     changed: list[tuple[Any, type]] = []
+    classes: dict[type, type] = {}  # one for all blocks, or each would be compiled by itself
     others: set[str] = set()
     for processor in {id(module.processor): module.processor for module in modules}.values():
         row = _row(processor)
         if row is None:
             others.add(type(processor).__name__)
             continue
-        changed.append((processor, processor.__class__))
-        processor.__class__ = _sending(processor.__class__, row, attention)
+        cls = processor.__class__
+        if cls not in classes:
+            classes[cls] = _sending(cls, row, attention)
+        changed.append((processor, cls))
+        processor.__class__ = classes[cls]
     if others:
         logger.info("ulysses_async: %s sends Q, K and V together", ", ".join(sorted(others)))
     handles = [
@@ -116,13 +119,14 @@ def _hooks(block: Any) -> list[Any]:
     given: dict[str, Any] = {}
 
     def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given.update(zip(names, args, strict=False), **kwargs)
+        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        given["image_rotary_emb"] = named.get("image_rotary_emb")
+        given["attention_mask"] = (named.get("joint_attention_kwargs") or {}).get("attention_mask")
 
     def begin(module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
         start = getattr(block.attn.processor, "_cachedit_begin", None)
         if start is not None and given:
-            mask = (given.get("joint_attention_kwargs") or {}).get("attention_mask")
-            start(block.attn, output[0], attention_mask=mask, image_rotary_emb=given.get("image_rotary_emb"))
+            start(block.attn, output[0], **given)
         given.clear()
 
     return [block.register_forward_pre_hook(remember, with_kwargs=True), block.norm.register_forward_hook(begin)]

@@ -101,15 +101,17 @@ class SequenceAttention:
         value = part("v")
         length, heads = value.shape[1:3]
         sizes = self.pieces.lengths(length)
-        v_coming = begin_scatter_heads([value], group, sizes[members], (self.float8,))
-        q_coming = begin_scatter_heads([part("q")], group, sizes[members], (self.float8,))
-        k_coming = begin_scatter_heads([part("k")], group, sizes[members], (False,))
+        coming = [
+            begin_scatter_heads([value], group, sizes[members], (self.float8,)),
+            begin_scatter_heads([part("q")], group, sizes[members], (self.float8,)),
+            begin_scatter_heads([part("k")], group, sizes[members], (False,)),
+        ]
         if mask is not None:
             mask = self._own_rows(mask, sizes, sizes)
-        q, k, v = (_arrived(coming)[0] for coming in (q_coming, k_coming, v_coming))
+        v, q, k = (_arrived(exchange)[0] for exchange in coming)  # waited for in the order in which they have begun
         out = self._attend(q, k, v, mask, local, sizes, None)
-        out_coming = begin_scatter_sequence([out], group, heads, sizes[members], (self.float8,))
-        return lambda: _arrived(out_coming)[0]
+        result = begin_scatter_sequence([out], group, heads, sizes[members], (self.float8,))
+        return lambda: _arrived(result)[0]
 
     def _members(self) -> slice:
         """Those of the pieces that the Ulysses group's ranks hold."""

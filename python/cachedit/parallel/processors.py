@@ -27,6 +27,7 @@ def parallelise_attention(modules: Sequence[nn.Module], attention: SequenceAtten
         attention: What they run.
     """
     changed: list[tuple[Any, dict[str, Any], type]] = []
+    classes: dict[type, type] = {}  # one for all blocks, or each would be compiled by itself
     handles = [module.register_forward_pre_hook(_Unchanged(module.processor)) for module in modules]
     for processor in {id(module.processor): module.processor for module in modules}.values():
         changed.append((processor, dict(vars(processor)), processor.__class__))
@@ -34,7 +35,10 @@ def parallelise_attention(modules: Sequence[nn.Module], attention: SequenceAtten
         if hasattr(processor, "_parallel_config"):
             vars(processor).update(_parallel_config=attention, _attention_backend=_backend(attention.backend))
             mode = _EmptyPieces
-        processor.__class__ = _within(mode, processor.__class__, attention)
+        cls = processor.__class__
+        if cls not in classes:
+            classes[cls] = _within(mode, cls, attention)
+        processor.__class__ = classes[cls]
 
     def undo() -> None:
         for handle in handles:

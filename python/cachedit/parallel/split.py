@@ -183,7 +183,10 @@ def _joined(splits: tuple[tuple[int, ...], ...]) -> dict[tuple[int, ...], bool]:
         for number in range(1, len(splits) + 1)
         for chosen in combinations(splits, number)
     }
-    return {sizes: not any(other != sizes and any(map(int.__eq__, sizes, other)) for other in sums) for sizes in sums}
+    return {
+        sizes: not any(other != sizes and any(a == b for a, b in zip(sizes, other, strict=True)) for other in sums)
+        for sizes in sums
+    }
 
 
 class _Split:
