@@ -16,6 +16,7 @@ from torch import nn
 from .adapter import TransformerPlan
 from .blocks import Link, Section, check_sizes, intercept, release, run_sections
 from .config import BasicCacheConfig
+from .integrations.internals import CachedContextManager
 from .modifier import Settings
 from .parallel.apply import sequence_group
 from .patch_functor import is_patched
@@ -330,6 +331,8 @@ class Controller:
             self.tap.attach(self)
         if hasattr(module, "cache_context"):
             _put(module, "cache_context", self.cache_context)
+        if getattr(module, "_is_parallelized", False):  # by an engine, which tells its ranks through this object
+            _put(module, "_context_manager", CachedContextManager(self.join))
         _put(module, _ATTRIBUTE, self)
         self.attached = True
 
@@ -350,6 +353,7 @@ class Controller:
             release(blocks, self)
         if getattr(vars(module).get("cache_context"), "__self__", None) is self:
             vars(module).pop("cache_context")
+        vars(module).pop("_context_manager", None)
         vars(module).pop(_ATTRIBUTE, None)
         if self.patch_functor is not None and self.patched:
             self.patch_functor.undo(module)
