@@ -46,6 +46,8 @@ class QwenBlock(nn.Module):
 class QwenImageTransformer2DModel(nn.Module):
     """An engine's own version of a class that diffusers has: the same name, nothing of diffusers in it."""
 
+    __module__ = "sglang.multimodal_gen.runtime.models.dits.qwen_image"
+
     def __init__(self, depth=4):
         super().__init__()
         self.transformer_blocks = nn.ModuleList(QwenBlock() for _ in range(depth))
