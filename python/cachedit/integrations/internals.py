@@ -18,7 +18,7 @@ __all__ = [
 ]
 
 # Subclasses of CachedAdapter whose changes are not needed here, and why.
-_NOT_NEEDED = {"BagelCachedAdapter": "blocks may return a key-value cache in the encoder's place"}
+NOT_NEEDED = {"BagelCachedAdapter": "blocks may return a key-value cache in the encoder's place"}
 
 
 class FakeDiffusionPipeline:
@@ -39,10 +39,10 @@ class CachedAdapter:
 
         between = cls.__mro__[: cls.__mro__.index(CachedAdapter)]
         changed = sorted({name for part in between for name in vars(part) if not name.startswith("__")})
-        if changed and cls.__name__ not in _NOT_NEEDED:
+        if changed and cls.__name__ not in NOT_NEEDED:
             raise NotImplementedError(
                 f"{cls.__name__} changes {', '.join(changed)} of cache_dit's CachedAdapter, which has no "
-                f"counterpart in cachedit; it runs unchanged only {', '.join(_NOT_NEEDED)}"
+                f"counterpart in cachedit; it runs unchanged only {', '.join(NOT_NEEDED)}"
             )
         return enable_cache(pipe_or_adapter, **settings)
 

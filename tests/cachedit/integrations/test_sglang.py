@@ -12,6 +12,7 @@ import cachedit
 from cachedit import DBCacheConfig, alias
 from cachedit.controller import controller_of
 from cachedit.integrations.groups import decide_together
+from engines import QwenImageTransformer2DModel, WanTransformer3DModel, denoise
 from ranks import run_ranks
 
 IMPORTS = {
@@ -30,68 +31,6 @@ def cache_dit():
     alias.install(override=True)
     yield importlib.import_module("cache_dit")
     alias.uninstall()
-
-
-class QwenBlock(nn.Module):
-    def __init__(self, dim=8):
-        super().__init__()
-        self.image, self.text = nn.Linear(dim, dim), nn.Linear(dim, dim)
-
-    def forward(self, hidden_states, encoder_hidden_states, temb):
-        text = encoder_hidden_states + 0.1 * torch.tanh(self.text(encoder_hidden_states))
-        image = hidden_states + 0.1 * torch.tanh(self.image(hidden_states) + text.mean(1, keepdim=True)) * temb
-        return text, image
-
-
-class QwenImageTransformer2DModel(nn.Module):
-    """An engine's own version of a class that diffusers has: the same name, nothing of diffusers in it."""
-
-    __module__ = "sglang.multimodal_gen.runtime.models.dits.qwen_image"
-
-    def __init__(self, depth=4):
-        super().__init__()
-        self.transformer_blocks = nn.ModuleList(QwenBlock() for _ in range(depth))
-
-    def forward(self, hidden_states, encoder_hidden_states, timestep):
-        for block in self.transformer_blocks:
-            encoder_hidden_states, hidden_states = block(
-                hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states, temb=1 + 0.1 * timestep
-            )
-        return hidden_states
-
-
-class WanBlock(nn.Module):
-    def __init__(self, dim=8):
-        super().__init__()
-        self.mix = nn.Linear(dim, dim)
-
-    def forward(self, hidden_states, encoder_hidden_states, temb):
-        return hidden_states + 0.1 * torch.tanh(self.mix(hidden_states) + encoder_hidden_states.mean(1, True)) * temb
-
-
-class WanTransformer3DModel(nn.Module):
-    def __init__(self, depth=4):
-        super().__init__()
-        self.blocks = nn.ModuleList(WanBlock() for _ in range(depth))
-
-    def forward(self, hidden_states, encoder_hidden_states, timestep):
-        for block in self.blocks:
-            hidden_states = block(hidden_states, encoder_hidden_states, 1 + 0.1 * timestep)
-        return hidden_states
-
-
-@torch.inference_mode()
-def denoise(transformers, steps, guided=True, seed=0):
-    """Steps of a loop that picks the transformer by step, and calls it once per guidance branch without saying so."""
-    generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn(1, 6, 8, generator=generator)
-    prompts = torch.randn(2 if guided else 1, 1, 3, 8, generator=generator)
-    for step in range(steps):
-        transformer = transformers[step * len(transformers) // steps]
-        time = 1 - step / steps
-        noise = [transformer(latents, prompt, time) for prompt in prompts]
-        latents = latents - sum(noise) / (2 * steps)
-    return latents
 
 
 @pytest.mark.parametrize("module", IMPORTS)

@@ -26,7 +26,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("page", ["sglang.md"])
+@pytest.mark.parametrize("page", ["sglang.md", "vllm-omni.md"])
 def test_the_switch_reaches_every_process(tmp_path, page):
     (switch,) = re.findall(r"```sh\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
     (tmp_path / "script.py").write_text(SCRIPT)
