@@ -79,6 +79,7 @@ class Controller:
         self.has_separate_cfg = plan.has_separate_cfg
         self.sections: list[Section] = []
         self.lists: list[tuple[nn.ModuleList, Link]] = []
+        self.group: Any = sequence_group(self.transformer)
         with self.patch_functor.applied(self.transformer) if self.patch_functor else nullcontext():
             self._link(plan, settings)  # signatures are those of patched blocks
         self.attached = False
@@ -92,7 +93,7 @@ class Controller:
         for index, (group, chosen) in enumerate(zip(plan.sections, settings, strict=True)):
             name = "+".join(item.name for item in group)
             section = Section(name, sum(len(item.blocks) for item in group), *chosen)
-            section.group = sequence_group(self.transformer)
+            section.group = self.group
             offset = 0
             for item in group:
                 signature = BlockSignature(item.blocks[0], item.pattern, plan.check_forward_pattern, item.streams)
@@ -149,6 +150,7 @@ class Controller:
 
     def join(self, group: Any) -> None:
         """Decide alike with the ranks that hold the other pieces of the sequences; None is this rank alone."""
+        self.group = group
         for section in self.sections:
             section.group = group
         self.requests.clear()

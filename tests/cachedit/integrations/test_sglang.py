@@ -186,12 +186,18 @@ def on_a_rank(way):
         manager = model._context_manager
         manager._sglang_sp_group, manager._sglang_tp_group, manager._sglang_tp_sp_group = group, None, None
     else:
-        cachedit.enable_cache(adapter_of(model), DBCacheConfig(**CONFIG))
-        if way == "decide_together":
+        cachedit.enable_cache(model if way == "learnt" else adapter_of(model), DBCacheConfig(**CONFIG))
+        if way != "alone":
             decide_together(model, group)
     reused = steps_reused(model, piece)
     cachedit.disable_cache(model)
     return reused, hasattr(model, "_context_manager")
+
+
+def test_ranks_decide_alike_on_blocks_that_are_learnt():
+    model = cachedit.enable_cache(PerToken(), DBCacheConfig(**CONFIG))
+    whole = steps_reused(model, slice(None))
+    assert whole and run_ranks(on_a_rank, 2, "learnt") == [(whole, False)] * 2
 
 
 def test_ranks_of_an_engine_decide_alike():
