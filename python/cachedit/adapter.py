@@ -215,7 +215,7 @@ def plan_for(transformer: nn.Module, pipe: Any = None) -> TransformerPlan:
         [NamedBlocks(item.name, _get_list("", transformer, item.name), item.pattern, item.streams) for item in group]
         for group in entry.sections
     ]
-    separate = calls_branches_in_turn(pipe)
+    separate = calls_branches_in_turn(pipe, transformer)
     patch = None if entry.patch is None else entry.patch()
     return TransformerPlan(transformer, sections, True, separate, [None] * sum(map(len, sections)), patch)
 
@@ -229,7 +229,7 @@ def plan_or_learn(transformer: nn.Module, pipe: Any = None) -> TransformerPlan:
     transformer = getattr(transformer, "_orig_mod", transformer)
     if find_entry(transformer) is not None or type(transformer).__name__ in UNCOVERED:
         return plan_for(transformer, pipe)
-    return _unknown(transformer, Search(), calls_branches_in_turn(pipe))
+    return _unknown(transformer, Search(), calls_branches_in_turn(pipe, transformer))
 
 
 def _unknown(transformer: nn.Module, search: Search, separate: bool) -> TransformerPlan:

@@ -19,32 +19,43 @@ from typing import Any
 
 __all__ = ["install", "uninstall"]
 
-# Modules of cache_dit, and where their names come from.
+_INTERNALS = "cachedit.integrations.internals"  # what engines reach into cache_dit for
+
+# Modules of cache_dit, and where their names come from: the first that has one.
 _SOURCES = {
-    "cache_dit": "cachedit",
-    "cache_dit.caching": "cachedit",
-    "cache_dit.caching.block_adapters": "cachedit",
-    "cache_dit.caching.cache_contexts": "cachedit",
-    "cache_dit.caching.cache_contexts.calibrators": "cachedit",
-    "cache_dit.caching.load_configs": "cachedit",
-    "cache_dit.caching.patch_functors": "cachedit",
-    "cache_dit.metrics": "cachedit.metrics",
-    "cache_dit.platforms": "cachedit.platforms",
+    "cache_dit": ("cachedit",),
+    "cache_dit.caching": ("cachedit",),
+    "cache_dit.caching.block_adapters": ("cachedit", _INTERNALS),
+    "cache_dit.caching.cache_adapters": (_INTERNALS,),
+    "cache_dit.caching.cache_adapters.cache_adapter": (_INTERNALS,),
+    "cache_dit.caching.cache_blocks": (_INTERNALS,),
+    "cache_dit.caching.cache_blocks.pattern_0_1_2": (_INTERNALS,),
+    "cache_dit.caching.cache_blocks.pattern_3_4_5": (_INTERNALS,),
+    "cache_dit.caching.cache_contexts": ("cachedit", _INTERNALS),
+    "cache_dit.caching.cache_contexts.cache_manager": (_INTERNALS,),
+    "cache_dit.caching.cache_contexts.calibrators": ("cachedit",),
+    "cache_dit.caching.load_configs": ("cachedit",),
+    "cache_dit.caching.patch_functors": ("cachedit",),
+    "cache_dit.distributed": ("cachedit.parallel",),
+    "cache_dit.metrics": ("cachedit.metrics",),
+    "cache_dit.parallelism": ("cachedit.parallel",),
+    "cache_dit.platforms": ("cachedit.platforms",),
 }
 _lock = threading.Lock()
 _replaced: dict[str, ModuleType] = {}  # modules of the real package, imported before an override
 
 
 class _AliasModule(ModuleType):
-    """Hands out the names of another module, which is imported when the first of them is asked for."""
+    """Hands out the names of other modules, which are imported when the first of them is asked for."""
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("__") or name == "__version__":
-            source = importlib.import_module(_SOURCES[self.__name__])
-            if name in source.__all__:
-                return getattr(source, name)
-            if "__getattr__" in vars(source):
-                return source.__getattr__(name)  # tells which names are not available yet
+            sources = [importlib.import_module(source) for source in _SOURCES[self.__name__]]
+            for source in sources:
+                if name in source.__all__:
+                    return getattr(source, name)
+            if "__getattr__" in vars(sources[0]):
+                return sources[0].__getattr__(name)  # tells which names are not available yet
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -53,7 +64,8 @@ class _AliasModule(ModuleType):
             super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *importlib.import_module(_SOURCES[self.__name__]).__all__})
+        sources = map(importlib.import_module, _SOURCES[self.__name__])
+        return sorted({*super().__dir__(), *(name for source in sources for name in source.__all__)})
 
 
 class _Finder(MetaPathFinder, Loader):

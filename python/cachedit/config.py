@@ -143,7 +143,8 @@ class BasicCacheConfig(_Config):
             _check_int("num_inference_steps", self.num_inference_steps, 1)
         if self.force_refresh_step_hint is not None:
             _check_int("force_refresh_step_hint", self.force_refresh_step_hint, 1)
-        _check_choice("steps_computation_policy", self.steps_computation_policy, ("dynamic", "static"))
+        if self.steps_computation_policy not in MASK_POLICIES:  # SGLang refreshes with the mask's name: as "dynamic"
+            _check_choice("steps_computation_policy", self.steps_computation_policy, ("dynamic", "static"))
         _check_choice("force_refresh_step_policy", self.force_refresh_step_policy, ("once", "repeat"))
         self.resolve_mask(self.num_inference_steps)
 

@@ -16,6 +16,7 @@ from torch import nn
 from .adapter import TransformerPlan
 from .blocks import Link, Section, check_sizes, intercept, release, run_sections
 from .config import BasicCacheConfig
+from .integrations.internals import CachedContextManager
 from .modifier import Settings
 from .parallel.apply import sequence_group
 from .patch_functor import is_patched
@@ -78,6 +79,7 @@ class Controller:
         self.has_separate_cfg = plan.has_separate_cfg
         self.sections: list[Section] = []
         self.lists: list[tuple[nn.ModuleList, Link]] = []
+        self.group: Any = sequence_group(self.transformer)
         with self.patch_functor.applied(self.transformer) if self.patch_functor else nullcontext():
             self._link(plan, settings)  # signatures are those of patched blocks
         self.attached = False
@@ -91,7 +93,7 @@ class Controller:
         for index, (group, chosen) in enumerate(zip(plan.sections, settings, strict=True)):
             name = "+".join(item.name for item in group)
             section = Section(name, sum(len(item.blocks) for item in group), *chosen)
-            section.group = sequence_group(self.transformer)
+            section.group = self.group
             offset = 0
             for item in group:
                 signature = BlockSignature(item.blocks[0], item.pattern, plan.check_forward_pattern, item.streams)
@@ -148,6 +150,7 @@ class Controller:
 
     def join(self, group: Any) -> None:
         """Decide alike with the ranks that hold the other pieces of the sequences; None is this rank alone."""
+        self.group = group
         for section in self.sections:
             section.group = group
         self.requests.clear()
@@ -330,6 +333,8 @@ class Controller:
             self.tap.attach(self)
         if hasattr(module, "cache_context"):
             _put(module, "cache_context", self.cache_context)
+        if getattr(module, "_is_parallelized", False):  # by an engine, which tells its ranks through this object
+            _put(module, "_context_manager", CachedContextManager(self.join))
         _put(module, _ATTRIBUTE, self)
         self.attached = True
 
@@ -350,6 +355,7 @@ class Controller:
             release(blocks, self)
         if getattr(vars(module).get("cache_context"), "__self__", None) is self:
             vars(module).pop("cache_context")
+        vars(module).pop("_context_manager", None)
         vars(module).pop(_ATTRIBUTE, None)
         if self.patch_functor is not None and self.patched:
             self.patch_functor.undo(module)

@@ -178,7 +178,7 @@ class _WatchedList:
             return "blocks are fetched by index, not by iterating over the list"
         if self.calls[-1].position - self.calls[0].position != len(order) - 1:
             return "blocks of another list were called in between"
-        kept = [call.block for call in self.calls if call.kept]
+        kept = [call.block for call in self.calls[:-1] if call.kept]  # what leaves the list is there on every step
         if kept:
             return f"what block {kept[0]} returned was kept for later, as for a skip connection"
         if any(call.outputs not in (None, 2) for call in self.calls):
@@ -233,4 +233,5 @@ def _linked(before: _WatchedList, after: _WatchedList) -> bool:
         and set(before.pattern.In) == set(after.pattern.In)
         and set(before.pattern.Out) == set(after.pattern.Out)
         and len(first.taken) == len(before.pattern.Out)
+        and not before.calls[-1].kept  # a reused step would skip what the first list returns
     )

@@ -74,6 +74,7 @@ _QUANTIZE_KEYS = (  # of a section that nothing uses yet
     *("backend", "quant_type", "exclude_layers", "regional_quantize", "repeated_blocks", "filter_fn", "verbose"),
     *("components_to_quantize", "per_tensor_fallback", "precision_plan", "calibrate_fn", "serialize_to", "svdq_kwargs"),
 )
+_MISSPELT = {"enable_sperate_cfg": "enable_separate_cfg"}  # by the guides of SGLang and cache_dit
 _SECTIONS = ("cache_config", "parallelism_config", "attention_backend", "quantize_config")
 _TYPE_NAMES = {bool: "true or false", float: "a number", str: "a string", Sequence: "a list", Mapping: "a mapping"}
 
@@ -184,6 +185,9 @@ def _cache_section(section: Mapping[str, Any], where: str, reset: bool, hints: I
     if config_class is None:
         raise ValueError(f"{where}cache_type must be one of {', '.join(_CACHE_TYPES)}, got {cache_type}")
     known = _cache_keys(config_class)
+    for key in _MISSPELT.keys() & section.keys():
+        logger.warning("%s%s: read as %s", where, key, _MISSPELT[key])
+    section = {_MISSPELT.get(key, key): value for key, value in section.items()}
     for key in section:
         owners = [name for name, other in _CACHE_TYPES.items() if key in _cache_keys(other)]
         if owners and key not in known:

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from cachedit import ForwardPattern
+import cachedit
+from cachedit import DBCacheConfig, ForwardPattern
 from cachedit.auto import Search
 from cachedit.learn import learn_sections
 from toys import DIM, LOOPS, DualBlock, Shaped, SingleBlock, Toy, flux_inputs, make_toy, tiny_flux, toy_inputs
@@ -80,6 +81,40 @@ class Triples(Shaped):
         for block in self.blocks:
             hidden_states, _, _ = block(hidden_states)
         return hidden_states
+
+
+class Keeping(nn.Module):
+    """What the first list returns goes into the second, and past it; ``joined``: not before something is done to it."""
+
+    def __init__(self, joined):
+        super().__init__()
+        self.joined = joined
+        self.first, self.second = (nn.ModuleList(SingleBlock(P.Pattern_3) for _ in range(4)) for _ in range(2))
+
+    def forward(self, hidden_states, encoder_hidden_states, timestep):
+        for block in self.first:
+            hidden_states = block(hidden_states)
+        kept = hidden_states
+        if self.joined:
+            hidden_states = torch.cat([encoder_hidden_states, hidden_states], 1)
+        for block in self.second:
+            hidden_states = block(hidden_states)
+        return hidden_states[:, -kept.shape[1] :] * kept
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_what_leaves_a_list_may_be_kept(joined):
+    model = Keeping(joined).eval()
+    assert learn(model) == [[("first", P.Pattern_3)], [("second", P.Pattern_3)]]
+    mask = DBCacheConfig(
+        Fn_compute_blocks=1, max_warmup_steps=0, steps_computation_mask=[1, 1, 0], steps_computation_policy="static"
+    )
+    cachedit.enable_cache(model, mask)
+    with torch.no_grad():
+        learnt, computed, reused = (model(**toy_inputs(0, 4)) for _ in range(3))
+    assert cachedit.summary(model, logging=False)[1].cached_steps == [2]
+    torch.testing.assert_close(reused, computed)
+    assert torch.equal(learnt, computed)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,35 @@ def test_own_policy(tmp_path):
     assert text.count("| reused ") > 10 and text.count("GrowingBudget") == 27
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+WITHOUT = """
+import importlib.abc, runpy, sys
+
+BLOCKED = {"accelerate", "cache_dit", "diffusers", "safetensors", "transformers", "yaml"}
+
+class Blocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+runpy.run_path(sys.argv[1], run_name="__main__")
+assert not BLOCKED & set(sys.modules)
+"""
+
+
+@pytest.mark.parametrize("name", ["transformer_only.py", "custom_pipeline.py"])
+def test_torch_is_all_that_is_needed(tmp_path, name):
+    (tmp_path / "without.py").write_text(WITHOUT)
+    command = [sys.executable, tmp_path / "without.py", EXAMPLES / name]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    error = float(done.stdout.partition("against the uncached run: ")[2].split()[0])
+    assert 1e-4 < error < 0.05
+    if name == "transformer_only.py":
+        reused = [int(line.split()[1]) for line in done.stdout.splitlines() if "cond: " in line]
+        assert len(reused) == 2 and min(reused) > 5
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("**/*.py")), ids=lambda path: str(path.relative_to(EXAMPLES)))
 def test_every_example_compiles(path):
     compile(path.read_text(), str(path), "exec")

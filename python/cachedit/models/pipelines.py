@@ -19,6 +19,10 @@ DENOISERS: dict[str, tuple[str, ...]] = {
 }
 
 
+# Packages with transformers of their own, by the names of diffusers' classes, that call guidance branches in turn.
+_ENGINES = ("sglang", "vllm_omni")
+
+
 class PipelineEntry(NamedTuple):
     """One pipeline class.
 
@@ -207,8 +211,16 @@ def find_transformers(pipe: Any) -> list[nn.Module]:
     return [module for module in found if isinstance(module, nn.Module)]
 
 
-def calls_branches_in_turn(pipe: Any) -> bool:
-    """Whether a pipeline's guidance branches have to be told apart by the order of calls."""
+def calls_branches_in_turn(pipe: Any, transformer: nn.Module | None = None) -> bool:
+    """Whether a pipeline's guidance branches have to be told apart by the order of calls.
+
+    Where there is no pipeline, and ``transformer`` is an engine's own version of a class of diffusers: whether the
+    pipelines of this class there guide by a call per branch.
+    """
+    if pipe is None and type(transformer).__module__.partition(".")[0] in _ENGINES:
+        name = type(transformer).__name__
+        modes = {entry.guidance for entry in PIPELINES.values() if entry.transformer == name} - {UNKNOWN}
+        return bool(modes) and modes <= {NAMED, IN_TURN}
     return any(name in PIPELINES and PIPELINES[name].guidance == IN_TURN for name in _class_names(pipe))
 
 

@@ -1,0 +1,1 @@
+"""What engines that embed this package need: vLLM-Omni and SGLang."""
