@@ -37,8 +37,13 @@ OPERATORS = {
     "residual_l1": Operator("residual", ("residual_l1",), 3, (False,)),
     "l1": Operator("residual", ("l1",), 2, (False,)),
     "residual_push": Operator("residual", ("residual_push", "residual_push.int"), 4),
+    "residual_push_float8": Operator("residual", ("residual_push_float8", "residual_push_float8.int"), 5),
     "residual_forecast": Operator("forecast", ("residual_forecast", "residual_forecast.floats"), 3, (1.0,)),
+    "residual_forecast_float8": Operator(
+        "forecast", ("residual_forecast_float8", "residual_forecast_float8.floats"), 5
+    ),
     "ring_gram": Operator("gram", ("ring_gram",), 1, (None, False)),
+    "ring_gram_float8": Operator("gram", ("ring_gram_float8",), 4),
     "merge_attention": Operator("attention", ("merge_attention",), 4),
     "ulysses_pack": Operator("ulysses", ("ulysses_pack",), 4),
     "ulysses_unpack": Operator("ulysses", ("ulysses_unpack",), 6, (True,)),

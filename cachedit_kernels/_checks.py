@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from cachedit_kernels.ulysses.layout import HEADS, SEQUENCE, buffer_bytes, layout
 
+E4M3 = torch.float8_e4m3fn
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -37,22 +38,24 @@ def residual_push(
     op = "residual_push"
     _streams(op, {"before": before, "after": after})
     _ring(op, "before", before, ring)
-    for i, r in enumerate(ring):
-        if not r[:1].is_contiguous():
-            _refuse(op, f"ring[{i}] must be contiguous within each slot, got strides {_tuple(r.stride())}")
-        if r.shape[0] > 1 and r.stride(0) < r[0].numel():
-            _refuse(op, f"ring[{i}] must have slots that do not overlap, got strides {_tuple(r.stride())}")
-    slots = ring[0].shape[0]
-    if isinstance(slot, Tensor):
-        if slot.numel() != 1 or slot.dtype not in INTEGERS:
-            _refuse(op, f"slot must be one integer, got {_dtype(slot.dtype)} of shape {_tuple(slot.shape)}")
-        _same_device(op, "slot", slot, "before", before)
-        if slot.device.type == "cpu" and not is_fake(slot):  # elsewhere, reading it would wait for the device
-            slot = int(slot)
-    if not isinstance(slot, Tensor) and not 0 <= slot < slots:
-        _refuse(op, f"slot must be in [0, {slots}), got {slot}")
-    if not any(is_fake(t) or t.is_meta for t in (*before, *after, *ring)):
-        _no_aliases(op, before, after, ring)
+    _writable(op, "ring", ring)
+    _slot(op, slot, before, ring)
+    _no_aliases(op, {"before": before, "after": after}, {"ring": ring})
+
+
+def residual_push_float8(
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    ring: Sequence[Tensor],
+    slot: Tensor | int,
+    scales: Sequence[Tensor],
+) -> None:
+    op = "residual_push_float8"
+    _streams(op, {"before": before, "after": after})
+    _ring(op, "before", before, ring, E4M3)
+    _scales(op, ring, scales)
+    _slot(op, slot, before, ring)
+    _no_aliases(op, {"before": before, "after": after}, {"ring": ring, "scales": scales})
 
 
 def residual_forecast(
@@ -61,6 +64,24 @@ def residual_forecast(
     op = "residual_forecast"
     _streams(op, {"hidden": hidden})
     _ring(op, "hidden", hidden, ring)
+    _weights(op, weights, hidden, ring)
+
+
+def residual_forecast_float8(
+    hidden: Sequence[Tensor],
+    ring: Sequence[Tensor],
+    weights: Tensor | Sequence[float],
+    base: float,
+    scales: Sequence[Tensor],
+) -> None:
+    op = "residual_forecast_float8"
+    _streams(op, {"hidden": hidden})
+    _ring(op, "hidden", hidden, ring, E4M3)
+    _scales(op, ring, scales)
+    _weights(op, weights, hidden, ring)
+
+
+def _weights(op: str, weights: Tensor | Sequence[float], hidden: Sequence[Tensor], ring: Sequence[Tensor]) -> None:
     slots = ring[0].shape[0]
     if not isinstance(weights, Tensor):
         if len(weights) != slots:
@@ -87,6 +108,23 @@ MAX_GRAM_SLOTS = 16
 def ring_gram(ring: Sequence[Tensor], slots: Sequence[int] | None, per_sample: bool) -> None:
     op = "ring_gram"
     _streams(op, {"ring": ring})
+    _gram(op, ring, slots, per_sample)
+
+
+def ring_gram_float8(
+    ring: Sequence[Tensor], slots: Sequence[int] | None, per_sample: bool, scales: Sequence[Tensor]
+) -> None:
+    op = "ring_gram_float8"
+    if len(ring) == 0:
+        _refuse(op, "ring must have at least one tensor, got an empty list")
+    for i, r in enumerate(ring):
+        _same_device(op, f"ring[{i}]", r, "ring", ring)
+        _float8(op, i, r)
+    _scales(op, ring, scales)
+    _gram(op, ring, slots, per_sample)
+
+
+def _gram(op: str, ring: Sequence[Tensor], slots: Sequence[int] | None, per_sample: bool) -> None:
     dims = 2 if per_sample else 1
     for i, r in enumerate(ring):
         if r.dim() < dims:
@@ -212,12 +250,17 @@ def _streams(op: str, lists: dict[str, Sequence[Tensor]]) -> None:
                 )
 
 
-def _ring(op: str, first: str, streams: Sequence[Tensor], ring: Sequence[Tensor]) -> None:
+def _ring(
+    op: str, first: str, streams: Sequence[Tensor], ring: Sequence[Tensor], dtype: torch.dtype | None = None
+) -> None:
+    """Per stream [K, *shape] of its dtype, or in E4M3; K equal everywhere."""
     if len(ring) != len(streams):
         _refuse(op, f"ring must have as many tensors as {first}, {len(streams)}, got {len(ring)}")
     for i, (r, like) in enumerate(zip(ring, streams, strict=True)):
         _same_device(op, f"ring[{i}]", r, first, streams)
-        if r.dtype != like.dtype:
+        if dtype is E4M3:
+            _float8(op, i, r)
+        elif r.dtype != like.dtype:
             _refuse(op, f"ring[{i}] must have the dtype of {first}[{i}], {_dtype(like.dtype)}, got {_dtype(r.dtype)}")
         if r.dim() != like.dim() + 1 or r.shape[1:] != like.shape:
             _refuse(
@@ -227,6 +270,54 @@ def _ring(op: str, first: str, streams: Sequence[Tensor], ring: Sequence[Tensor]
             )
         if r.shape[0] != ring[0].shape[0]:
             _refuse(op, f"ring[{i}] must have as many slots as ring[0], {ring[0].shape[0]}, got {r.shape[0]}")
+
+
+def _float8(op: str, i: int, r: Tensor) -> None:
+    if r.dtype != E4M3:
+        _refuse(op, f"ring[{i}] must be float8_e4m3fn, got {_dtype(r.dtype)}")
+
+
+def _scales(op: str, ring: Sequence[Tensor], scales: Sequence[Tensor]) -> None:
+    """A float32 scale for each row, the last dimension; slots of both contiguous and apart."""
+    if len(scales) != len(ring):
+        _refuse(op, f"scales must have as many tensors as ring, {len(ring)}, got {len(scales)}")
+    for i, (r, s) in enumerate(zip(ring, scales, strict=True)):
+        _same_device(op, f"scales[{i}]", s, "ring", ring)
+        if s.dtype != torch.float32:
+            _refuse(op, f"scales[{i}] must be float32, got {_dtype(s.dtype)}")
+        if r.dim() < 2:
+            _refuse(
+                op,
+                f"ring[{i}] must have rows to scale, a dimension behind its slots, got shape {_tuple(r.shape)}",
+            )
+        if s.shape != r.shape[:-1]:
+            _refuse(
+                op,
+                f"scales[{i}] must have the shape of ring[{i}] without its last dimension, {_tuple(r.shape[:-1])}, "
+                f"got {_tuple(s.shape)}",
+            )
+    _writable(op, "ring", ring)
+    _writable(op, "scales", scales)
+
+
+def _writable(op: str, name: str, ring: Sequence[Tensor]) -> None:
+    for i, r in enumerate(ring):
+        if not r[:1].is_contiguous():
+            _refuse(op, f"{name}[{i}] must be contiguous within each slot, got strides {_tuple(r.stride())}")
+        if r.shape[0] > 1 and r.stride(0) < r[0].numel():
+            _refuse(op, f"{name}[{i}] must have slots that do not overlap, got strides {_tuple(r.stride())}")
+
+
+def _slot(op: str, slot: Tensor | int, before: Sequence[Tensor], ring: Sequence[Tensor]) -> None:
+    slots = ring[0].shape[0]
+    if isinstance(slot, Tensor):
+        if slot.numel() != 1 or slot.dtype not in INTEGERS:
+            _refuse(op, f"slot must be one integer, got {_dtype(slot.dtype)} of shape {_tuple(slot.shape)}")
+        _same_device(op, "slot", slot, "before", before)
+        if slot.device.type == "cpu" and not is_fake(slot):  # elsewhere, reading it would wait for the device
+            slot = int(slot)
+    if not isinstance(slot, Tensor) and not 0 <= slot < slots:
+        _refuse(op, f"slot must be in [0, {slots}), got {slot}")
 
 
 def _batch(op: str, first: str, streams: Sequence[Tensor]) -> None:
@@ -248,15 +339,17 @@ def _on_device(op: str, what: str, tensor: Tensor, first: str, like: Tensor) -> 
         _refuse(op, f"{what} must be on the device of {first}, {like.device}, got {tensor.device}")
 
 
-def _no_aliases(op: str, before: Sequence[Tensor], after: Sequence[Tensor], ring: Sequence[Tensor]) -> None:
-    others = {"before": before, "after": after}
-    for i, r in enumerate(ring):
-        start, stop = _extent(r)
-        for name, tensors in (*others.items(), ("ring", ring[:i])):
-            for j, tensor in enumerate(tensors):
-                low, high = _extent(tensor)
-                if low < stop and start < high:
-                    _refuse(op, f"ring[{i}] must not share memory with {name}[{j}]")
+def _no_aliases(op: str, inputs: dict[str, Sequence[Tensor]], written: dict[str, Sequence[Tensor]]) -> None:
+    others = [(f"{name}[{i}]", tensor) for name, tensors in inputs.items() for i, tensor in enumerate(tensors)]
+    targets = [(f"{name}[{i}]", tensor) for name, tensors in written.items() for i, tensor in enumerate(tensors)]
+    if any(is_fake(tensor) or tensor.is_meta for _, tensor in (*others, *targets)):
+        return
+    for i, (target, tensor) in enumerate(targets):
+        start, stop = _extent(tensor)
+        for name, other in (*others, *targets[:i]):
+            low, high = _extent(other)
+            if low < stop and start < high:
+                _refuse(op, f"{target} must not share memory with {name}")
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:

@@ -6,6 +6,7 @@ Imports torch only, so that it can be read and tested without Triton.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -56,6 +57,37 @@ def row_view(tensors: Sequence[Tensor], split: bool = False) -> RowView:
     if samples == 1:  # a stride that is never used must not choose another specialisation
         return RowView(ready, 1, numel, (0,) * len(ready))
     return RowView(ready, samples, numel // samples, tuple(tensor.stride(0) for tensor in ready))
+
+
+class TokenView(NamedTuple):
+    """Tensors of one shape and dtype, as `rows` rows of `columns`: the last dimension, which shares a scale.
+
+    Rows are adjacent within a sample of `rows_per_sample`; strides are between samples.
+    """
+
+    tensors: tuple[Tensor, ...]
+    rows: int
+    columns: int
+    rows_per_sample: int
+    strides: tuple[int, ...]
+
+
+def token_view(tensors: Sequence[Tensor], split: bool = False) -> TokenView:
+    """The tensors by their last dimension; samples and copies are those of `row_view`."""
+    view = row_view(tensors, split)
+    rows = math.prod(tensors[0].shape[:-1])
+    return TokenView(view.tensors, rows, tensors[0].shape[-1], max(1, rows // max(1, view.rows)), view.strides)
+
+
+TILE = 2048  # elements: 16 to a thread of four warps, whose codes are one 16-byte access
+MAX_COLUMNS = 1024
+
+
+def token_tile(views: Sequence[TokenView]) -> tuple[int, int]:
+    """How many rows a program takes, and how many columns of them at once; powers of 2."""
+    widest = max(view.columns for view in views)
+    columns = min(1 << max(0, widest - 1).bit_length(), MAX_COLUMNS)
+    return TILE // columns, columns
 
 
 def is_laid_out_in_rows(tensor: Tensor) -> bool:

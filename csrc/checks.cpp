@@ -32,6 +32,12 @@ void check_device(const char* op, const What& what, const Tensor& tensor, const 
   if (tensor.device_type != like.device_type) check_device(op, what(), tensor, item(first.name, 0), like);
 }
 
+bool is_float8(const Tensor& tensor) { return tensor.dtype == aoti_torch_dtype_float8_e4m3fn(); }
+
+void check_float8(const char* op, size_t i, const Tensor& r) {
+  if (!is_float8(r)) refuse(op, item("ring", i) + " must be float8_e4m3fn, got " + dtype_string(r.dtype));
+}
+
 void check_dtype(const char* op, const char* name, size_t i, const Tensor& tensor, const Named& first) {
   if (tensor.dtype != first.tensors[i].dtype) {
     refuse(op, item(name, i) + " must have the dtype of " + item(first.name, i) + ", " +
@@ -83,13 +89,17 @@ void check_batch(const char* op, const Named& first) {
   }
 }
 
-void check_ring(const char* op, const Named& first, const Tensors& ring) {
+void check_ring(const char* op, const Named& first, const Tensors& ring, bool float8) {
   check_length(op, "ring", ring.size(), first);
   for (size_t i = 0; i < ring.size(); ++i) {
     const Tensor& like = first.tensors[i];
     const Tensor& r = ring[i];
     check_device(op, [&] { return item("ring", i); }, r, first);
-    check_dtype(op, "ring", i, r, first);
+    if (float8) {
+      check_float8(op, i, r);
+    } else {
+      check_dtype(op, "ring", i, r, first);
+    }
     if (r.dim != like.dim + 1 || !std::equal(like.sizes, like.sizes + like.dim, r.sizes + 1)) {
       refuse(op, item("ring", i) + " must have the shape of " + item(first.name, i) + ", " + shape(like) +
                      ", behind its slots, got " + shape(r));
@@ -101,23 +111,42 @@ void check_ring(const char* op, const Named& first, const Tensors& ring) {
   }
 }
 
-void check_writable(const char* op, const Tensors& ring) {
-  for (size_t i = 0; i < ring.size(); ++i) {
-    const Tensor& r = ring[i];
+void check_writable(const char* op, const Named& ring) {
+  for (size_t i = 0; i < ring.tensors.size(); ++i) {
+    const Tensor& r = ring.tensors[i];
     if (r.numel == 0) continue;
     int64_t packed = 1;
     for (int64_t d = r.dim - 1; d > 0; --d) {
       if (r.sizes[d] != 1 && r.strides[d] != packed) {
-        refuse(op, item("ring", i) + " must be contiguous within each slot, got strides " +
+        refuse(op, item(ring.name, i) + " must be contiguous within each slot, got strides " +
                        shape_string(r.strides, r.dim));
       }
       packed *= r.sizes[d];
     }
     if (r.sizes[0] > 1 && r.strides[0] < packed) {
-      refuse(op, item("ring", i) + " must have slots that do not overlap, got strides " +
+      refuse(op, item(ring.name, i) + " must have slots that do not overlap, got strides " +
                      shape_string(r.strides, r.dim));
     }
   }
+}
+
+void check_scales(const char* op, const Tensors& ring, const Tensors& scales) {
+  check_length(op, "scales", scales.size(), {"ring", ring});
+  for (size_t i = 0; i < ring.size(); ++i) {
+    const Tensor& r = ring[i];
+    const Tensor& s = scales[i];
+    check_device(op, [&] { return item("scales", i); }, s, {"ring", ring});
+    if (s.dtype != float32_dtype()) refuse(op, item("scales", i) + " must be float32, got " + dtype_string(s.dtype));
+    if (r.dim < 2) {
+      refuse(op, item("ring", i) + " must have rows to scale, a dimension behind its slots, got shape " + shape(r));
+    }
+    if (s.dim != r.dim - 1 || !std::equal(s.sizes, s.sizes + s.dim, r.sizes)) {
+      refuse(op, item("scales", i) + " must have the shape of " + item("ring", i) + " without its last dimension, " +
+                     shape_string(r.sizes, r.dim - 1) + ", got " + shape(s));
+    }
+  }
+  check_writable(op, {"ring", ring});
+  check_writable(op, {"scales", scales});
 }
 
 int64_t checked_slot(const char* op, const Tensor& slot, const Named& first, const Tensors& ring) {
@@ -157,6 +186,14 @@ void check_weights(const char* op, const Tensor& weights, const Named& hidden, c
       refuse(op, item("hidden", i) + " must have the batch size of weights, " + std::to_string(weights.sizes[0]) +
                      ", in dimension 0, got shape " + shape(h));
     }
+  }
+}
+
+void check_float8(const char* op, const Tensors& ring) {
+  if (ring.empty()) refuse(op, "ring must have at least one tensor, got an empty list");
+  for (size_t i = 0; i < ring.size(); ++i) {
+    check_device(op, [&] { return item("ring", i); }, ring[i], {"ring", ring});
+    check_float8(op, i, ring[i]);
   }
 }
 
@@ -283,17 +320,26 @@ void check_buffer_bytes(const char* op, const Tensor& buffer, int64_t bytes) {
   }
 }
 
-void check_aliases(const char* op, std::initializer_list<Named> inputs, const Tensors& ring) {
-  for (size_t i = 0; i < ring.size(); ++i) {
-    const auto [start, stop] = extent(ring[i]);
-    auto check = [&, start = start, stop = stop](const char* name, const Tensors& tensors, size_t count) {
-      for (size_t j = 0; j < count; ++j) {
-        const auto [low, high] = extent(tensors[j]);
-        if (low < stop && start < high) refuse(op, item("ring", i) + " must not share memory with " + item(name, j));
+void check_aliases(const char* op, std::initializer_list<Named> inputs, std::initializer_list<Named> written) {
+  for (const Named& target : written) {
+    for (size_t i = 0; i < target.tensors.size(); ++i) {
+      const auto [start, stop] = extent(target.tensors[i]);
+      // Returns whether it came upon the tensor itself: those before it have been compared then.
+      auto check = [&, start = start, stop = stop](const Named& list) {
+        for (size_t j = 0; j < list.tensors.size(); ++j) {
+          if (&list.tensors[j] == &target.tensors[i]) return true;
+          const auto [low, high] = extent(list.tensors[j]);
+          if (low < stop && start < high) {
+            refuse(op, item(target.name, i) + " must not share memory with " + item(list.name, j));
+          }
+        }
+        return false;
+      };
+      for (const Named& list : inputs) check(list);
+      for (const Named& list : written) {
+        if (check(list)) break;
       }
-    };
-    for (const Named& list : inputs) check(list.name, list.tensors, list.tensors.size());
-    check("ring", ring, i);
+    }
   }
 }
 

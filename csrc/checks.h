@@ -16,17 +16,23 @@ void check_streams(const char* op, std::initializer_list<Named> lists);
 // Every stream with a batch dimension, all of one size.
 void check_batch(const char* op, const Named& first);
 
-// Per stream [K, *shape]; K equal everywhere.
-void check_ring(const char* op, const Named& first, const Tensors& ring);
+// Per stream [K, *shape] of its dtype, or in E4M3; K equal everywhere.
+void check_ring(const char* op, const Named& first, const Tensors& ring, bool float8 = false);
 
 // For writing: slots contiguous and apart.
-void check_writable(const char* op, const Tensors& ring);
+void check_writable(const char* op, const Named& ring);
+
+// For rings in E4M3 with a scale per row, the last dimension; slots of both contiguous and apart.
+void check_scales(const char* op, const Tensors& ring, const Tensors& scales);
 
 int64_t checked_slot(const char* op, const Tensor& slot, const Named& first, const Tensors& ring);
 void check_slot(const char* op, int64_t slot, const Tensors& ring);
 
 void check_weights(const char* op, size_t count, const Tensors& ring);
 void check_weights(const char* op, const Tensor& weights, const Named& hidden, const Tensors& ring);
+
+// For ring_gram_float8, in place of check_streams.
+void check_float8(const char* op, const Tensors& ring);
 
 // For ring_gram: slots (and samples) alike in every stream; those asked for exist and are not too many.
 void check_gram_ring(const char* op, const Tensors& ring, bool per_sample);
@@ -41,7 +47,7 @@ void check_buffer(const char* op, const Tensor& buffer, const std::vector<int64_
                   const std::vector<int64_t>& splits, int64_t dim, int32_t dtype);
 void check_buffer_bytes(const char* op, const Tensor& buffer, int64_t bytes);
 
-// No memory of the ring is another's.
-void check_aliases(const char* op, std::initializer_list<Named> inputs, const Tensors& ring);
+// No memory that is written is another's.
+void check_aliases(const char* op, std::initializer_list<Named> inputs, std::initializer_list<Named> written);
 
 }  // namespace cachedit

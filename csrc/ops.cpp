@@ -17,6 +17,18 @@ int64_t columns(const Tensor& tensor, bool per_row) {
   return per_row ? tensor.numel / std::max<int64_t>(tensor.sizes[0], 1) : tensor.numel;
 }
 
+// For rings in E4M3 with a scale per row, the last dimension.
+int64_t float8_rows(const Tensor& stream) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < stream.dim; ++d) rows *= stream.sizes[d];
+  return rows;
+}
+
+Float8Slot float8_slot(const Tensor& ring, const Tensor& scales, int64_t k) {
+  return {static_cast<const uint8_t*>(ring.data()) + k * ring.strides[0],
+          static_cast<const float*>(scales.data()) + k * scales.strides[0]};
+}
+
 using RunSums = void (*)(const std::vector<SumsStream>&, float*);
 
 Tensor sums(std::initializer_list<const Tensors*> inputs, bool per_sample, RunSums run) {
@@ -55,23 +67,40 @@ void boxed_l1(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = give(sums({&previous, &current}, per_sample, l1));
 }
 
+// `Tensor slot` or `int slot`
+template <bool kTensor>
+class Slot {
+ public:
+  explicit Slot(StableIValue value) {
+    if constexpr (kTensor) {
+      tensor_ = take_tensor(value);
+    } else {
+      value_ = torch::stable::detail::to<int64_t>(value);
+    }
+  }
+
+  int64_t checked(const char* op, const Named& first, const Tensors& ring) const {
+    if constexpr (kTensor) return checked_slot(op, tensor_, first, ring);
+    check_slot(op, value_, ring);
+    return value_;
+  }
+
+ private:
+  Tensor tensor_;
+  int64_t value_ = 0;
+};
+
 // residual_push(Tensor[] before, Tensor[] after, Tensor(a!)[] ring, Tensor slot) -> (), and with `int slot`
 template <bool kTensorSlot>
 void boxed_residual_push(StableIValue* stack, uint64_t, uint64_t) {
   const char* op = "residual_push";
   const Tensors before = take_tensors(stack[0]), after = take_tensors(stack[1]), ring = take_tensors(stack[2]);
-  const Tensor slot_tensor = kTensorSlot ? take_tensor(stack[3]) : Tensor();
+  const Slot<kTensorSlot> given(stack[3]);
   check_streams(op, {{"before", before}, {"after", after}});
   check_ring(op, {"before", before}, ring);
-  check_writable(op, ring);
-  int64_t slot;
-  if constexpr (kTensorSlot) {
-    slot = checked_slot(op, slot_tensor, {"before", before}, ring);
-  } else {
-    slot = torch::stable::detail::to<int64_t>(stack[3]);
-    check_slot(op, slot, ring);
-  }
-  check_aliases(op, {{"before", before}, {"after", after}}, ring);
+  check_writable(op, {"ring", ring});
+  const int64_t slot = given.checked(op, {"before", before}, ring);
+  check_aliases(op, {{"before", before}, {"after", after}}, {{"ring", ring}});
 
   std::vector<PushStream> streams;
   streams.reserve(before.size());
@@ -83,32 +112,80 @@ void boxed_residual_push(StableIValue* stack, uint64_t, uint64_t) {
   residual_push(streams);
 }
 
+// residual_push_float8(Tensor[] before, Tensor[] after, Tensor(a!)[] ring, Tensor slot, Tensor(b!)[] scales) -> (),
+// and with `int slot`
+template <bool kTensorSlot>
+void boxed_residual_push_float8(StableIValue* stack, uint64_t, uint64_t) {
+  const char* op = "residual_push_float8";
+  const Tensors before = take_tensors(stack[0]), after = take_tensors(stack[1]), ring = take_tensors(stack[2]);
+  const Slot<kTensorSlot> given(stack[3]);
+  const Tensors scales = take_tensors(stack[4]);
+  check_streams(op, {{"before", before}, {"after", after}});
+  check_ring(op, {"before", before}, ring, true);
+  check_scales(op, ring, scales);
+  const int64_t slot = given.checked(op, {"before", before}, ring);
+  check_aliases(op, {{"before", before}, {"after", after}}, {{"ring", ring}, {"scales", scales}});
+
+  std::vector<PushFloat8Stream> streams;
+  streams.reserve(before.size());
+  for (size_t i = 0; i < before.size(); ++i) {
+    const Tensor& b = before[i];
+    streams.push_back({kernel_dtype(b.dtype), float8_rows(b), b.sizes[b.dim - 1], elements(b), elements(after[i]),
+                       static_cast<uint8_t*>(ring[i].mutable_data()) + slot * ring[i].strides[0],
+                       static_cast<float*>(scales[i].mutable_data()) + slot * scales[i].strides[0]});
+  }
+  residual_push_float8(streams);
+}
+
+// `Tensor weights` or `float[] weights`
+template <bool kTensor>
+class Weights {
+ public:
+  explicit Weights(StableIValue value) {
+    if constexpr (kTensor) {
+      tensor_ = take_tensor(value);
+    } else {
+      values = take_floats(value);
+    }
+  }
+
+  void check(const char* op, const Named& hidden, const Tensors& ring) {
+    if constexpr (kTensor) {
+      check_weights(op, tensor_, hidden, ring);
+      values.resize(tensor_.numel);
+      const Elements read = elements(tensor_);
+      for (int64_t i = 0; i < tensor_.numel; ++i) values[i] = *static_cast<const float*>(read.read(i, 1, &values[i]));
+    } else {
+      check_weights(op, values.size(), ring);
+    }
+  }
+
+  bool per_sample() const { return kTensor && tensor_.dim == 2; }
+
+  std::vector<float> values;
+
+ private:
+  Tensor tensor_;
+};
+
+Target new_result(const Tensor& like, Tensors& out) {
+  out.push_back(Tensor::empty(like.sizes, like.dim, like.dtype));
+  const Target target{out.back().mutable_data(), like.element_size()};
+  advise_new_memory(target.data, like.numel * like.element_size());
+  return target;
+}
+
 // residual_forecast(Tensor[] hidden, Tensor[] ring, Tensor weights, float base) -> Tensor[], and with `float[] weights`
 template <bool kTensorWeights>
 void boxed_residual_forecast(StableIValue* stack, uint64_t, uint64_t) {
   const char* op = "residual_forecast";
   const Tensors hidden = take_tensors(stack[0]), ring = take_tensors(stack[1]);
-  std::vector<float> weights;
-  Tensor weights_tensor;
-  if constexpr (kTensorWeights) {
-    weights_tensor = take_tensor(stack[2]);
-  } else {
-    weights = take_floats(stack[2]);
-  }
+  Weights<kTensorWeights> weights(stack[2]);
   const float base = static_cast<float>(torch::stable::detail::to<double>(stack[3]));
   check_streams(op, {{"hidden", hidden}});
   check_ring(op, {"hidden", hidden}, ring);
-  if constexpr (kTensorWeights) {
-    check_weights(op, weights_tensor, {"hidden", hidden}, ring);
-    weights.resize(weights_tensor.numel);
-    const Elements values = elements(weights_tensor);
-    for (int64_t i = 0; i < weights_tensor.numel; ++i) {
-      weights[i] = *static_cast<const float*>(values.read(i, 1, &weights[i]));
-    }
-  } else {
-    check_weights(op, weights.size(), ring);
-  }
-  const bool per_row = kTensorWeights && weights_tensor.dim == 2;
+  weights.check(op, {"hidden", hidden}, ring);
+  const bool per_row = weights.per_sample();
 
   Tensors out;
   std::vector<ForecastStream> streams;
@@ -117,9 +194,7 @@ void boxed_residual_forecast(StableIValue* stack, uint64_t, uint64_t) {
   for (size_t i = 0; i < hidden.size(); ++i) {
     const Tensor& h = hidden[i];
     const Tensor& r = ring[i];
-    out.push_back(Tensor::empty(h.sizes, h.dim, h.dtype));
-    const Target target{out.back().mutable_data(), h.element_size()};
-    advise_new_memory(target.data, h.numel * h.element_size());
+    const Target target = new_result(h, out);
     std::vector<Elements> slots;
     slots.reserve(r.sizes[0]);
     const char* data = static_cast<const char*>(r.data());
@@ -130,17 +205,55 @@ void boxed_residual_forecast(StableIValue* stack, uint64_t, uint64_t) {
     streams.push_back({kernel_dtype(h.dtype), rows(h, per_row), columns(h, per_row), elements(h), std::move(slots),
                        target});
   }
-  residual_forecast(streams, weights.data(), per_row, base);
+  residual_forecast(streams, weights.values.data(), per_row, base);
   stack[0] = give(std::move(out));
 }
 
-// ring_gram(Tensor[] ring, int[]? slots, bool per_sample) -> Tensor
+// residual_forecast_float8(Tensor[] hidden, Tensor[] ring, Tensor weights, float base, Tensor[] scales) -> Tensor[],
+// and with `float[] weights`
+template <bool kTensorWeights>
+void boxed_residual_forecast_float8(StableIValue* stack, uint64_t, uint64_t) {
+  const char* op = "residual_forecast_float8";
+  const Tensors hidden = take_tensors(stack[0]), ring = take_tensors(stack[1]);
+  Weights<kTensorWeights> weights(stack[2]);
+  const float base = static_cast<float>(torch::stable::detail::to<double>(stack[3]));
+  const Tensors scales = take_tensors(stack[4]);
+  check_streams(op, {{"hidden", hidden}});
+  check_ring(op, {"hidden", hidden}, ring, true);
+  check_scales(op, ring, scales);
+  weights.check(op, {"hidden", hidden}, ring);
+
+  Tensors out;
+  std::vector<ForecastFloat8Stream> streams;
+  out.reserve(hidden.size());
+  streams.reserve(hidden.size());
+  for (size_t i = 0; i < hidden.size(); ++i) {
+    const Tensor& h = hidden[i];
+    std::vector<Float8Slot> slots;
+    slots.reserve(ring[i].sizes[0]);
+    for (int64_t k = 0; k < ring[i].sizes[0]; ++k) slots.push_back(float8_slot(ring[i], scales[i], k));
+    const Target target = new_result(h, out);
+    streams.push_back({kernel_dtype(h.dtype), float8_rows(h), h.sizes[h.dim - 1], elements(h), std::move(slots),
+                       target});
+  }
+  residual_forecast_float8(streams, weights.values.data(), weights.per_sample() ? hidden[0].sizes[0] : 1, base);
+  stack[0] = give(std::move(out));
+}
+
+// ring_gram(Tensor[] ring, int[]? slots, bool per_sample) -> Tensor; ring_gram_float8 takes `Tensor[] scales` as well
+template <bool kFloat8>
 void boxed_ring_gram(StableIValue* stack, uint64_t, uint64_t) {
-  const char* op = "ring_gram";
+  const char* op = kFloat8 ? "ring_gram_float8" : "ring_gram";
   const Tensors ring = take_tensors(stack[0]);
+  const Tensors scales = kFloat8 ? take_tensors(stack[3]) : Tensors();
   const auto wanted = torch::stable::detail::to<std::optional<std::vector<int64_t>>>(stack[1]);
   const bool per_sample = torch::stable::detail::to<bool>(stack[2]);
-  check_streams(op, {{"ring", ring}});
+  if (kFloat8) {
+    check_float8(op, ring);
+    check_scales(op, ring, scales);
+  } else {
+    check_streams(op, {{"ring", ring}});
+  }
   check_gram_ring(op, ring, per_sample);
   std::vector<int64_t> slots = wanted.value_or(std::vector<int64_t>());
   if (!wanted.has_value()) {
@@ -150,11 +263,18 @@ void boxed_ring_gram(StableIValue* stack, uint64_t, uint64_t) {
 
   std::vector<GramStream> streams;
   streams.reserve(ring.size());
-  for (const Tensor& r : ring) {
+  for (size_t i = 0; i < ring.size(); ++i) {
+    const Tensor& r = ring[i];
     const int64_t samples = per_sample ? r.sizes[1] : 1;
     int64_t numel = 1;  // of a slot
     for (int64_t d = 1; d < r.dim; ++d) numel *= r.sizes[d];
-    streams.push_back({kernel_dtype(r.dtype), samples, numel / std::max<int64_t>(samples, 1), {}});
+    const DType dtype = kFloat8 ? kFloat32 : kernel_dtype(r.dtype);
+    streams.push_back({dtype, samples, numel / std::max<int64_t>(samples, 1), {}});
+    if (kFloat8) {
+      streams.back().width = r.sizes[r.dim - 1];
+      for (int64_t k : slots) streams.back().float8_slots.push_back(float8_slot(r, scales[i], k));
+      continue;
+    }
     streams.back().slots.reserve(slots.size());
     const char* data = static_cast<const char*>(r.data());
     for (int64_t k : slots) {
@@ -246,7 +366,12 @@ STABLE_TORCH_LIBRARY_IMPL(cachedit, CPU, m) {
   m.impl("residual_push.int", cachedit::boxed_residual_push<false>);
   m.impl("residual_forecast", cachedit::boxed_residual_forecast<true>);
   m.impl("residual_forecast.floats", cachedit::boxed_residual_forecast<false>);
-  m.impl("ring_gram", cachedit::boxed_ring_gram);
+  m.impl("ring_gram", cachedit::boxed_ring_gram<false>);
+  m.impl("residual_push_float8", cachedit::boxed_residual_push_float8<true>);
+  m.impl("residual_push_float8.int", cachedit::boxed_residual_push_float8<false>);
+  m.impl("residual_forecast_float8", cachedit::boxed_residual_forecast_float8<true>);
+  m.impl("residual_forecast_float8.floats", cachedit::boxed_residual_forecast_float8<false>);
+  m.impl("ring_gram_float8", cachedit::boxed_ring_gram<true>);
   m.impl("merge_attention", cachedit::boxed_merge_attention);
   m.impl("ulysses_pack", cachedit::boxed_ulysses_pack);
   m.impl("ulysses_unpack", cachedit::boxed_ulysses_unpack);

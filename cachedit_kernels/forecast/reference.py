@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cachedit_kernels.float8.reference import from_e4m3
+
 
 def residual_forecast(
     hidden: Sequence[Tensor], ring: Sequence[Tensor], weights: Tensor | Sequence[float], base: float = 1.0
@@ -32,3 +34,15 @@ def residual_forecast(
             total = torch.where(factor == 0, total, total + factor * r[k].to(wide))
         outputs.append(total.to(h.dtype).contiguous())
     return outputs
+
+
+def residual_forecast_float8(
+    hidden: Sequence[Tensor],
+    ring: Sequence[Tensor],
+    weights: Tensor | Sequence[float],
+    base: float,
+    scales: Sequence[Tensor],
+) -> list[Tensor]:
+    """The same from rings in E4M3."""
+    wide = [torch.float64 if h.dtype == torch.float64 else torch.float32 for h in hidden]
+    return residual_forecast(hidden, list(map(from_e4m3, ring, scales, wide)), weights, base)

@@ -1,6 +1,6 @@
-"""Triton kernel for the inner products between ring slots: `ring_gram`.
+"""Triton kernel for the inner products between ring slots: `ring_gram`, `ring_gram_float8`.
 
-The launch function carries the operator's name and takes checked tensors of any strides. All streams go out in one
+The launch functions carry the operators' names and take checked tensors of any strides. All streams go out in one
 launch, up to four of them; they may differ in shape and dtype. Sums are made in two stages inside one kernel, joined by
 an integer ticket, as in residual/kernel.py: no float is added atomically, and equal inputs give equal bits.
 """
@@ -40,6 +40,9 @@ BLOCK = {3: 1024, 6: 512, 8: 256, 16: 128}
 def _ring_gram_kernel(
     ring,
     offsets,
+    scales,
+    scale_offsets,
+    columns,
     row_numel,
     row_stride,
     rows,
@@ -55,8 +58,10 @@ def _ring_gram_kernel(
     """grams[s, g, i, j] = sum over group g of ring[s][slot i] * ring[s][slot j].
 
     Stream s has `groups` groups of `rows[s]` rows of `row_numel[s]` elements; slot i begins `offsets[s][i]` elements
-    behind `ring[s]`. Products and a program's sums are in fp32, the programs' sums are added in fp64 in the order of
-    their index, by whichever of a group's `programs` finishes last. The grid is (groups * programs, streams).
+    behind `ring[s]`. With `scales`, the ring is in E4M3: every `columns[s]` elements share one of `scales[s]`, whose
+    slot i begins at `scale_offsets[s][i]`. Products and a program's sums are in fp32, the programs' sums are added in
+    fp64 in the order of their index, by whichever of a group's `programs` finishes last. The grid is (groups *
+    programs, streams).
     """
     group = tl.program_id(0) // programs
     position = tl.program_id(0) % programs
@@ -77,7 +82,12 @@ def _ring_gram_kernel(
                 values = ()
                 for i in tl.static_range(SLOTS):
                     slot = ring[s] + (tl.cast(offsets[s][i], tl.int64) + row * row_stride[s] + start)
-                    values = values + (tl.load(slot + lanes, mask=mask, other=0.0).to(tl.float32),)
+                    value = tl.load(slot + lanes, mask=mask, other=0.0).to(tl.float32)
+                    if len(scales) > 0:
+                        shared = scales[s] + tl.cast(scale_offsets[s][i], tl.int64)
+                        place = (row * row_numel[s] + start + lanes) // columns[s]
+                        value *= tl.load(shared + place, mask=mask, other=0.0)
+                    values = values + (value,)
                 added = ()
                 for i in tl.static_range(SLOTS):
                     for j in tl.static_range(i + 1):
@@ -109,6 +119,19 @@ def _ring_gram_kernel(
 
 def ring_gram(ring: Sequence[Tensor], slots: Sequence[int] | None = None, per_sample: bool = False) -> Tensor:
     """sum ring[s][slots[i]] * ring[s][slots[j]] for every stream: float32 [S, k, k], [S, B, k, k] with `per_sample`."""
+    return _ring_gram(ring, slots, per_sample, [None] * len(ring))
+
+
+def ring_gram_float8(
+    ring: Sequence[Tensor], slots: Sequence[int] | None, per_sample: bool, scales: Sequence[Tensor]
+) -> Tensor:
+    """The same of rings in E4M3, whose slots and those of their scales are contiguous."""
+    return _ring_gram(ring, slots, per_sample, scales)
+
+
+def _ring_gram(
+    ring: Sequence[Tensor], slots: Sequence[int] | None, per_sample: bool, scales: Sequence[Tensor | None]
+) -> Tensor:
     chosen = list(range(ring[0].shape[0])) if slots is None else list(slots)
     groups = ring[0].shape[1] if per_sample else 1
     samples = (groups,) if per_sample else ()
@@ -116,21 +139,27 @@ def ring_gram(ring: Sequence[Tensor], slots: Sequence[int] | None = None, per_sa
     if chosen and groups > 0:
         for i in range(0, len(ring), MAX_STREAMS_PER_LAUNCH):
             chunk = slice(i, i + MAX_STREAMS_PER_LAUNCH)
-            _launch([_stream(r, chosen, per_sample) for r in ring[chunk]], groups, grams[chunk])
+            streams = [_stream(r, c, chosen, per_sample) for r, c in zip(ring[chunk], scales[chunk], strict=True)]
+            _launch(streams, groups, grams[chunk])
     return grams
 
 
 class _Stream(NamedTuple):
     view: RowView  # of the first slot
     offsets: tuple[int, ...]  # of the chosen slots from the first one, in elements
+    scales: Tensor | None
+    scale_offsets: tuple[int, ...]
+    columns: int  # elements that share a scale
 
 
-def _stream(ring: Tensor, slots: list[int], per_sample: bool) -> _Stream:
+def _stream(ring: Tensor, scales: Tensor | None, slots: list[int], per_sample: bool) -> _Stream:
     if not is_laid_out_in_rows(ring[0]):
         ring = torch.stack([ring[slot] for slot in slots])
         slots = list(range(len(slots)))
     view = row_view((ring[0],), split=per_sample)
-    return _Stream(view, tuple(slot * ring.stride(0) for slot in slots))
+    scale_offsets = () if scales is None else tuple(slot * scales.stride(0) for slot in slots)
+    offsets = tuple(slot * ring.stride(0) for slot in slots)
+    return _Stream(view, offsets, scales, scale_offsets, max(1, ring.shape[-1]))
 
 
 def _launch(streams: list[_Stream], groups: int, grams: Tensor) -> None:
@@ -146,6 +175,9 @@ def _launch(streams: list[_Stream], groups: int, grams: Tensor) -> None:
         _ring_gram_kernel[(groups * programs, len(views))](
             tuple(view.tensors[0] for view in views),
             tuple(stream.offsets for stream in streams),
+            tuple(stream.scales for stream in streams if stream.scales is not None),
+            tuple(stream.scale_offsets for stream in streams if stream.scales is not None),
+            tuple(stream.columns for stream in streams if stream.scales is not None),
             tuple(view.row_numel for view in views),
             tuple(view.strides[0] for view in views),
             rows,

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cachedit_kernels.float8.reference import from_e4m3
+
 
 def ring_gram(ring: Sequence[Tensor], slots: Sequence[int] | None = None, per_sample: bool = False) -> Tensor:
     """Per stream: sum ring[slots[i]] * ring[slots[j]]. Shape [S, k, k], per sample [S, B, k, k]."""
@@ -23,3 +25,10 @@ def ring_gram(ring: Sequence[Tensor], slots: Sequence[int] | None = None, per_sa
         gram = torch.einsum("ibn,jbn->bij", rows, rows).to(torch.float64 if r.dtype == torch.float64 else torch.float32)
         grams.append(gram if per_sample else gram[0])
     return torch.stack(grams)
+
+
+def ring_gram_float8(
+    ring: Sequence[Tensor], slots: Sequence[int] | None, per_sample: bool, scales: Sequence[Tensor]
+) -> Tensor:
+    """The same of rings in E4M3, every element rounded to float32 first."""
+    return ring_gram([from_e4m3(r, s, torch.float32) for r, s in zip(ring, scales, strict=True)], slots, per_sample)

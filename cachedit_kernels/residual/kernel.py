@@ -1,4 +1,4 @@
-"""Triton kernels that measure and store residuals: `residual_l1`, `l1`, `residual_push`.
+"""Triton kernels that measure and store residuals: `residual_l1`, `l1`, `residual_push`, `residual_push_float8`.
 
 The launch functions carry the operators' names and take checked tensors (equal shapes within a stream, one device) of
 any strides. All streams go out in one launch, up to four of them; they may differ in shape and dtype.
@@ -20,13 +20,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cachedit_kernels.float8.kernel import row_codes, row_magnitudes, row_scales
 from cachedit_kernels.launch import (
     MAX_STREAMS_PER_LAUNCH,
     RowView,
+    TokenView,
     on_device_of,
     programs_per_group,
     row_view,
     tickets_for,
+    token_tile,
+    token_view,
 )
 
 NUM_WARPS = 4
@@ -161,6 +165,63 @@ def _residual_push_kernel(
             tl.store(target, (y - x).to(ring[s].dtype.element_ty), mask=mask & inside)
 
 
+@triton.jit
+def load_tokens(tensor, row, column, mask, rows_per_sample, sample_stride, columns):
+    """Elements [ROWS, COLUMNS] in fp32; rows of `columns` are adjacent within a sample. Zeros outside of the mask."""
+    start = (row // rows_per_sample).to(tl.int64) * sample_stride + (row % rows_per_sample).to(tl.int64) * columns
+    return _load_fp32(tensor + start[:, None], column, mask)
+
+
+@triton.jit(do_not_specialize=["slot", "slots"])
+def _residual_push_float8_kernel(
+    before,
+    after,
+    ring,
+    scales,
+    rows,
+    columns,
+    rows_per_sample,
+    before_stride,
+    after_stride,
+    ring_stride,
+    scales_stride,
+    slot,
+    slots,
+    DEVICE_SLOT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """ring[slot], scales[slot] = after - before in E4M3, from fp32; a slot outside [0, slots) writes nothing.
+
+    Stream s has `rows[s]` rows of `columns[s]`; strides of inputs are between samples, those of ring and scales between
+    slots. A program takes ROWS rows, COLUMNS of each at once: a first pass finds their scales, and what the second one
+    reads again is in L1 still. The grid is (tiles of the most rows, streams).
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    lanes = tl.arange(0, COLUMNS)[None, :]
+    index = tl.load(slot).to(tl.int64) if DEVICE_SLOT else tl.cast(slot, tl.int64)
+    for s in tl.static_range(len(before)):
+        if (tl.program_id(1) == s) & (tl.program_id(0) * ROWS < rows[s]):
+            inside = row < rows[s]
+            magnitudes = tl.zeros([ROWS], tl.float32)
+            for start in range(0, columns[s], COLUMNS):
+                column = start + lanes
+                mask = inside[:, None] & (column < columns[s])
+                x = load_tokens(before[s], row, column, mask, rows_per_sample[s], before_stride[s], columns[s])
+                y = load_tokens(after[s], row, column, mask, rows_per_sample[s], after_stride[s], columns[s])
+                magnitudes = tl.maximum(magnitudes, row_magnitudes(y - x))
+            scale = row_scales(magnitudes)
+            inside = inside & (index >= 0) & (index < slots)
+            tl.store(scales[s] + index * scales_stride[s] + row, scale, mask=inside)
+            target = ring[s] + index * ring_stride[s] + row.to(tl.int64)[:, None] * columns[s]
+            for start in range(0, columns[s], COLUMNS):
+                column = start + lanes
+                mask = inside[:, None] & (column < columns[s])
+                x = load_tokens(before[s], row, column, mask, rows_per_sample[s], before_stride[s], columns[s])
+                y = load_tokens(after[s], row, column, mask, rows_per_sample[s], after_stride[s], columns[s])
+                tl.store(target + column, row_codes(y - x, scale), mask=mask)
+
+
 def residual_l1(
     before: Sequence[Tensor], after: Sequence[Tensor], anchor: Sequence[Tensor], per_sample: bool = False
 ) -> Tensor:
@@ -187,6 +248,23 @@ def residual_push(
             streams.append((row_view((b, a, r[0])), r.stride(0)))
     for i in range(0, len(streams), MAX_STREAMS_PER_LAUNCH):
         _launch_push(streams[i : i + MAX_STREAMS_PER_LAUNCH], slot, slots)
+
+
+def residual_push_float8(
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    ring: Sequence[Tensor],
+    slot: int | Tensor,
+    scales: Sequence[Tensor],
+) -> None:
+    """ring[s][slot], scales[s][slot] = after[s] - before[s] in E4M3, for every stream; slots must be contiguous."""
+    streams = []
+    for b, a, r, c in zip(before, after, ring, scales, strict=True):
+        view = token_view((b, a))
+        if view.rows > 0:
+            streams.append((view, r, c))
+    for i in range(0, len(streams), MAX_STREAMS_PER_LAUNCH):
+        _launch_push_float8(streams[i : i + MAX_STREAMS_PER_LAUNCH], slot)
 
 
 def _reduce(streams: list[tuple[Tensor, ...]], per_sample: bool) -> Tensor:
@@ -246,5 +324,29 @@ def _launch_push(streams: list[tuple[RowView, int]], slot: int | Tensor, slots: 
             slots,
             DEVICE_SLOT=isinstance(slot, Tensor),
             BLOCK=block,
+            num_warps=NUM_WARPS,
+        )
+
+
+def _launch_push_float8(streams: list[tuple[TokenView, Tensor, Tensor]], slot: int | Tensor) -> None:
+    views, ring, scales = zip(*streams, strict=True)
+    rows, columns = token_tile(views)
+    grid = (max(triton.cdiv(view.rows, rows) for view in views), len(views))
+    with on_device_of(ring[0]):
+        _residual_push_float8_kernel[grid](
+            *zip(*(view.tensors for view in views), strict=True),
+            ring,
+            scales,
+            tuple(view.rows for view in views),
+            tuple(view.columns for view in views),
+            tuple(view.rows_per_sample for view in views),
+            *zip(*(view.strides for view in views), strict=True),
+            tuple(r.stride(0) for r in ring),
+            tuple(c.stride(0) for c in scales),
+            slot,
+            ring[0].shape[0],
+            DEVICE_SLOT=isinstance(slot, Tensor),
+            ROWS=rows,
+            COLUMNS=columns,
             num_warps=NUM_WARPS,
         )

@@ -1,4 +1,4 @@
-"""`residual_l1`, `l1` and `residual_push`: schemas, fakes and the functions that users call."""
+"""`residual_l1`, `l1` and `residual_push` (also in E4M3): schemas, fakes and the functions that users call."""
 
 from __future__ import annotations
 
@@ -54,9 +54,17 @@ def l1(previous: Sequence[Tensor], current: Sequence[Tensor], per_sample: bool =
 
 
 def residual_push(
-    before: Sequence[Tensor], after: Sequence[Tensor], ring: Sequence[Tensor], slot: Tensor | int
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    ring: Sequence[Tensor],
+    slot: Tensor | int,
+    scales: Sequence[Tensor] | None = None,
 ) -> None:
     """Stores each stream's residual, `ring[slot] = after - before`, rounded once, all streams in one launch.
+
+    With `scales`, residuals are stored in E4M3: every row (the last dimension, a token) as codes
+    `E4M3((after - before) / scale)` with a scale that takes its largest magnitude to 448. The residual is not rounded
+    before that. A row with NaN keeps its other values, one with an infinity becomes NaN.
 
     Args:
         before: S tensors, float32, float16 or bfloat16, any shape and strides.
@@ -65,11 +73,16 @@ def residual_push(
             neither with `before` or `after` nor with each other.
         slot: which of the K slots: an int, or (for compiled and captured use) a 0-d integer tensor on the same device.
             A tensor's value is checked on CPU only.
+        scales: S tensors [K, *shape[:-1]], float32, each slot contiguous, written in place like the rings, which are
+            float8_e4m3fn then. None for rings of the stream's dtype.
 
     Raises:
         RuntimeError: naming the argument, what was expected and what came; nothing has been written then.
     """
-    if isinstance(slot, Tensor):
+    if scales is not None:
+        push_float8 = _residual_push_float8 if isinstance(slot, Tensor) else _residual_push_float8_int
+        push_float8(before, after, ring, slot, scales)
+    elif isinstance(slot, Tensor):
         _residual_push(before, after, ring, slot)
     else:
         _residual_push_int(before, after, ring, slot)
@@ -101,4 +114,12 @@ _residual_push = define(
 )
 _residual_push_int = define(
     "residual_push.int(Tensor[] before, Tensor[] after, Tensor(a!)[] ring, int slot) -> ()", _checks.residual_push
+)
+_residual_push_float8 = define(
+    "residual_push_float8(Tensor[] before, Tensor[] after, Tensor(a!)[] ring, Tensor slot, Tensor(b!)[] scales) -> ()",
+    _checks.residual_push_float8,
+)
+_residual_push_float8_int = define(
+    "residual_push_float8.int(Tensor[] before, Tensor[] after, Tensor(a!)[] ring, int slot, Tensor(b!)[] scales) -> ()",
+    _checks.residual_push_float8,
 )

@@ -1,4 +1,4 @@
-"""The definition of `residual_l1`, `l1` and `residual_push`, in plain torch.
+"""The definition of `residual_l1`, `l1` and `residual_push` (also in E4M3), in plain torch.
 
 Works on every device and for every float dtype. Arithmetic is in float32, sums are added up in float64 and rounded
 once; float64 inputs stay float64 throughout, which is what the tests compare with.
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from cachedit_kernels.float8.reference import to_e4m3
 
 
 def residual_l1(
@@ -35,11 +37,28 @@ def residual_push(
 ) -> None:
     """Per stream: ring[slot] = after - before, rounded once to the ring's dtype."""
     for b, a, r in zip(before, after, ring, strict=True):
-        residual = (_widen(a) - _widen(b)).to(r.dtype)
-        if isinstance(slot, Tensor):
-            r.index_copy_(0, slot.reshape(1).long(), residual.unsqueeze(0))  # does not wait for the device
-        else:
-            r[slot].copy_(residual)
+        _write(r, slot, (_widen(a) - _widen(b)).to(r.dtype))
+
+
+def residual_push_float8(
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    ring: Sequence[Tensor],
+    slot: Tensor | int,
+    scales: Sequence[Tensor],
+) -> None:
+    """Per stream: ring[slot], scales[slot] = after - before in E4M3."""
+    for b, a, r, s in zip(before, after, ring, scales, strict=True):
+        codes, row_scales = to_e4m3(_widen(a) - _widen(b))
+        _write(r.view(torch.uint8), slot, codes.view(torch.uint8))  # nothing is indexed in E4M3
+        _write(s, slot, row_scales)
+
+
+def _write(ring: Tensor, slot: Tensor | int, value: Tensor) -> None:
+    if isinstance(slot, Tensor):
+        ring.index_copy_(0, slot.reshape(1).long(), value.unsqueeze(0))  # does not wait for the device
+    else:
+        ring[slot].copy_(value)
 
 
 def _two_sums(difference: Tensor, scale: Tensor, per_sample: bool) -> Tensor:

@@ -17,35 +17,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.target_info import cuda_capability_geq
 
+from cachedit_kernels.float8.kernel import row_codes, row_magnitudes, row_scales
 from cachedit_kernels.launch import leading_strides, on_device_of, with_adjacent_columns
 from cachedit_kernels.ulysses.layout import ALIGNMENT, Block, buffer_bytes, layout
 
 NUM_WARPS = 4
 ELEMENTS_PER_THREAD = 16  # their codes are one 16-byte access
-
-
-@triton.jit
-def _round_to_e4m3(x):
-    """x, |x| <= 448 or NaN, rounded to the nearest E4M3 number, to even between two; still in fp32."""
-    bits = x.to(tl.int32, bitcast=True)
-    magnitude = tl.abs(x)
-    normal = ((bits & 0x7FFFFFFF) + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
-    # Neighbours beyond 2^14 are 2^-9 apart, as subnormal E4M3 numbers are.
-    subnormal = ((magnitude + 16384.0) - 16384.0).to(tl.int32, bitcast=True)
-    rounded = tl.where(magnitude < 0.015625, subnormal, normal) | (bits & -0x80000000)
-    rounded = rounded.to(tl.float32, bitcast=True)
-    return tl.where(x == x, rounded, x)
-
-
-@triton.jit
-def _to_e4m3(x):
-    """x in E4M3, saturating. Before sm_90 the conversion passes through fp16, which would round twice."""
-    x = tl.where(x > 448.0, 448.0, tl.where(x < -448.0, -448.0, x))  # NaN stays
-    if not cuda_capability_geq(9):
-        x = _round_to_e4m3(x)
-    return x.to(tl.float8e4nv)
 
 
 @triton.jit
@@ -103,7 +81,7 @@ def _pack_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Per row (token and head): scale = max(amax / 448, 2^-126), code = E4M3(x / scale); or the elements as they are.
+    """Per row (token and head): E4M3 codes and their scale; or the elements as they are.
 
     `codes`, `elements` and `scales` are the buffer itself, as pointers of their types. `peers` holds per peer where it
     starts along DIM, its size, and its block's offset / 16. The grid is (tiles of the largest block, peers, tensors); a
@@ -123,14 +101,10 @@ def _pack_kernel(
             if tl.program_id(2) == i:
                 source = _offsets(row, block_length, block_heads, l_start, h_start, quantised_strides[i])
                 x = tl.load(quantised[i] + source[:, None] + column, mask=mask, other=0.0).to(tl.float32)
-                magnitude = tl.where(x == x, tl.abs(x), 0.0)
-                # The smallest normal number: rows of zeros divide like others.
-                scale = tl.div_rn(tl.max(magnitude, axis=1), 448.0)
-                scale = tl.where(scale < 1.1754943508222875e-38, 1.1754943508222875e-38, scale)
-                quotient = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
+                scale = row_scales(row_magnitudes(x))
                 values_at = offset + i * _aligned(numel)
                 scales_at = first_scales + i * _aligned(rows.to(tl.int64) * 4)
-                tl.store(codes + values_at + place, _to_e4m3(quotient), mask=mask)
+                tl.store(codes + values_at + place, row_codes(x, scale), mask=mask)
                 tl.store(scales + scales_at // 4 + row, scale, mask=inside)
                 if tl.program_id(0) == 0:
                     _fill_section(buffer, values_at, numel)

@@ -1,10 +1,6 @@
 """The definition of `ulysses_pack` and `ulysses_unpack`, in plain torch, for every device and float dtype.
 
-The scale of a row (a token and head) is amax / 448, rounded to float32, where amax is the largest magnitude in the row
-but for NaN, and never less than the smallest normal number, so that rows of zeros (and of what nearly is zero) divide
-like others. A code is E4M3(x / scale): the division is rounded to float32, the quotient to the nearest E4M3 number,
-to even between two, and to +-448 beyond. NaN becomes the code NaN; a row with an infinity has an infinite scale, and
-comes back as NaN throughout, as E4M3 knows no infinity.
+A quantised tensor has a scale for each token and head: its rows are as float8/reference.py defines them.
 """
 
 from __future__ import annotations
@@ -14,26 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cachedit_kernels.float8.reference import E4M3, from_e4m3, to_e4m3
 from cachedit_kernels.ulysses.layout import Block, Section, buffer_bytes, layout
-
-E4M3 = torch.float8_e4m3fn
-E4M3_MAX = 448.0
-SMALLEST_SCALE = torch.finfo(torch.float32).smallest_normal
-
-
-def to_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., D] in E4M3 codes, and their float32 scales [...]."""
-    wide = x.float()
-    magnitude = wide.abs().nan_to_num(nan=0.0, posinf=torch.inf)
-    amax = magnitude.amax(-1) if x.shape[-1] > 0 else magnitude.sum(-1)
-    scales = (amax / E4M3_MAX).clamp(min=SMALLEST_SCALE)
-    quotient = wide / scales.unsqueeze(-1)
-    return quotient.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), scales  # the cast itself saturates in some versions only
-
-
-def from_e4m3(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """code * scale, in float32, rounded once."""
-    return (codes.float() * scales.unsqueeze(-1)).to(dtype)
 
 
 def ulysses_pack(tensors: Sequence[Tensor], splits: Sequence[int], scatter_dim: int, float8: Sequence[bool]) -> Tensor:

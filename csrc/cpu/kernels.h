@@ -13,7 +13,11 @@ using L1 = void (*)(const void* previous, const void* current, int64_t n, double
 
 using ResidualPush = void (*)(const void* before, const void* after, int64_t n, void* out);
 
+// One row of n elements as E4M3 codes; returns its scale.
+using ResidualPushFloat8 = float (*)(const void* before, const void* after, int64_t n, uint8_t* codes);
+
 // out = base * hidden + sum_k weights[k] * slots[k], terms added in the order of k; hidden may be null: not read then.
+// Slots hold elements of hidden's format or, in the table's second row, E4M3 codes.
 using ResidualForecast = void (*)(const void* hidden, float base, const void* const* slots, const float* weights,
                                   int64_t terms, int64_t n, void* out);
 
@@ -31,10 +35,12 @@ struct ResidualKernels {  // indexed by DType
   ResidualL1 residual_l1[kDTypes];
   L1 l1[kDTypes];
   ResidualPush residual_push[kDTypes];
+  ResidualPushFloat8 residual_push_float8[kDTypes];
 };
 
 struct ForecastKernels {
   ResidualForecast residual_forecast[kDTypes];
+  ResidualForecast residual_forecast_float8[kDTypes];
 };
 
 struct GramKernels {

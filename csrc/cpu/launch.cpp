@@ -81,6 +81,18 @@ void two_sums(const std::vector<SumsStream>& streams, float* out, const F& kerne
   }
 }
 
+// Elements [begin, begin + n) of E4M3 rows, in float32.
+const void* widen(const Float8Slot& slot, int64_t width, int64_t begin, int64_t n, void* out) {
+  const Dequantize dequantize = kernels().ulysses->dequantize[kFloat32];
+  for (int64_t i = 0; i < n;) {
+    const int64_t row = (begin + i) / width;
+    const int64_t run = std::min(n - i, (row + 1) * width - (begin + i));
+    dequantize(slot.codes + begin + i, slot.scales + row, 1, run, static_cast<float*>(out) + i);
+    i += run;
+  }
+  return out;
+}
+
 }  // namespace
 
 void advise_new_memory([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
@@ -150,14 +162,16 @@ void residual_forecast(const std::vector<ForecastStream>& streams, const float* 
 void ring_gram(const std::vector<GramStream>& streams, float* out) {
   const GramKernels& table = *kernels().gram;
   const Chunks<GramStream> chunks(streams);
-  const int64_t slots = static_cast<int64_t>(streams[0].slots.size());
+  const int64_t slots = static_cast<int64_t>(std::max(streams[0].slots.size(), streams[0].float8_slots.size()));
   const int64_t pairs = slots * (slots + 1) / 2;
   std::vector<double> partials(chunks.count() * pairs);
   chunks.run([&](const GramStream& stream, int64_t row, int64_t column, int64_t n, int64_t chunk) {
     char* room = scratch(slots);
     const void* pointers[kMaxGramSlots];
+    const int64_t begin = row * stream.columns + column;
     for (int64_t k = 0; k < slots; ++k) {
-      pointers[k] = stream.slots[k].read(row * stream.columns + column, n, room + k * kScratch);
+      pointers[k] = stream.width > 0 ? widen(stream.float8_slots[k], stream.width, begin, n, room + k * kScratch)
+                                     : stream.slots[k].read(begin, n, room + k * kScratch);
     }
     table.ring_gram[stream.dtype](pointers, slots, n, partials.data() + chunk * pairs);
   });

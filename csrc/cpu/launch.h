@@ -46,6 +46,18 @@ struct PushStream {
 
 void residual_push(const std::vector<PushStream>& streams);
 
+struct PushFloat8Stream {
+  DType dtype;
+  int64_t rows;     // a scale for each
+  int64_t columns;  // elements of a row
+  Elements before;
+  Elements after;
+  uint8_t* codes;
+  float* scales;
+};
+
+void residual_push_float8(const std::vector<PushFloat8Stream>& streams);
+
 struct ForecastStream {
   DType dtype;
   int64_t rows;
@@ -58,11 +70,32 @@ struct ForecastStream {
 // weights: one for each slot or, per row, [rows, slots].
 void residual_forecast(const std::vector<ForecastStream>& streams, const float* weights, bool per_row, float base);
 
+// A contiguous slot of a ring in E4M3.
+struct Float8Slot {
+  const uint8_t* codes;
+  const float* scales;  // one for each row
+};
+
+struct ForecastFloat8Stream {
+  DType dtype;
+  int64_t rows;     // a scale for each
+  int64_t columns;  // elements of a row
+  Elements hidden;
+  std::vector<Float8Slot> slots;
+  Target out;
+};
+
+// weights: one for each slot or, per sample, [samples, slots].
+void residual_forecast_float8(const std::vector<ForecastFloat8Stream>& streams, const float* weights, int64_t samples,
+                              float base);
+
 struct GramStream {
   DType dtype;
   int64_t rows;     // a matrix for each: 1, or the batch
   int64_t columns;  // elements of a row
   std::vector<Elements> slots;
+  std::vector<Float8Slot> float8_slots = {};  // in their place, as float32
+  int64_t width = 0;                          // elements that share a scale
 };
 
 // Into [S, rows, slots, slots].

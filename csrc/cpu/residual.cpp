@@ -1,6 +1,6 @@
 // residual_l1, l1 and residual_push on contiguous elements. Compiled once per instruction set (see vec.h).
+#include "e4m3.h"
 #include "kernels.h"
-#include "vec.h"
 
 namespace cachedit {
 namespace CACHEDIT_ISA {
@@ -95,11 +95,12 @@ void l1(const void* previous, const void* current, int64_t n, double* sums) {
   two_sums<Format, PlainTerms>(inputs, n, sums);
 }
 
+inline Pair minus(Pair x, Pair y) { return {x.a - y.a, x.b - y.b}; }
+
 template <class Format>
 inline void push_pair(const typename Format::Element* before, const typename Format::Element* after,
                       typename Format::Element* out) {
-  const Pair b = Format::load(before), a = Format::load(after);
-  Format::store(out, {a.a - b.a, a.b - b.b});
+  Format::store(out, minus(Format::load(after), Format::load(before)));
 }
 
 template <class Format>
@@ -120,12 +121,28 @@ void residual_push(const void* before, const void* after, int64_t n, void* out) 
   }
 }
 
+template <class Format>
+struct Residual {
+  Values<Format> before, after;
+
+  Pair load(int64_t i) const { return minus(after.load(i), before.load(i)); }
+  Pair load(int64_t i, int64_t count) const { return minus(after.load(i, count), before.load(i, count)); }
+};
+
+template <class Format>
+float residual_push_float8(const void* before, const void* after, int64_t n, uint8_t* codes) {
+  using Element = typename Format::Element;
+  const Values<Format> b{static_cast<const Element*>(before)}, a{static_cast<const Element*>(after)};
+  return quantize_row<Format>(Residual<Format>{b, a}, n, codes);
+}
+
 }  // namespace
 
 extern const ResidualKernels residual_kernels = {
     {residual_l1<Float32>, residual_l1<Float16>, residual_l1<BFloat16>},
     {l1<Float32>, l1<Float16>, l1<BFloat16>},
     {residual_push<Float32>, residual_push<Float16>, residual_push<BFloat16>},
+    {residual_push_float8<Float32>, residual_push_float8<Float16>, residual_push_float8<BFloat16>},
 };
 
 }  // namespace CACHEDIT_ISA

@@ -103,6 +103,8 @@ class BasicCacheConfig(_Config):
         steps_computation_policy: For the zeros of the mask: ``"dynamic"`` measures, ``"static"`` always reuses.
         force_refresh_step_hint: At this step of the transformer the cache starts over.
         force_refresh_step_policy: ``"once"`` per request, or ``"repeat"`` at each multiple of the hint.
+        residual_float8: Hold stored residuals in E4M3 with a float32 scale per token: half the memory of bfloat16, for
+            some quality (docs/policies.md). What differences are measured against keeps the model's dtype.
     """
 
     cache_type: CacheType = CacheType.DBCache
@@ -122,6 +124,7 @@ class BasicCacheConfig(_Config):
     steps_computation_policy: str = "dynamic"
     force_refresh_step_hint: int | None = None
     force_refresh_step_policy: str = "once"
+    residual_float8: bool = dataclasses.field(default=False, kw_only=True)
 
     def validate(self) -> None:
         """Check types and ranges of every field.
@@ -146,6 +149,8 @@ class BasicCacheConfig(_Config):
         if self.steps_computation_policy not in MASK_POLICIES:  # SGLang refreshes with the mask's name: as "dynamic"
             _check_choice("steps_computation_policy", self.steps_computation_policy, ("dynamic", "static"))
         _check_choice("force_refresh_step_policy", self.force_refresh_step_policy, ("once", "repeat"))
+        if not isinstance(self.residual_float8, bool):
+            raise TypeError(f"residual_float8 must be True or False, got {self.residual_float8!r}")
         self.resolve_mask(self.num_inference_steps)
 
     def resolve_mask(self, total_steps: int | None) -> list[int] | None:
@@ -179,6 +184,8 @@ class BasicCacheConfig(_Config):
             tag += f"_FR{self.force_refresh_step_hint}_{self.force_refresh_step_policy}"
         if self.enable_separate_cfg is not None:
             tag += f"_CFG{int(self.enable_separate_cfg)}"
+        if self.residual_float8:
+            tag += "_FP8"
         return tag
 
 

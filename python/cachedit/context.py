@@ -122,7 +122,7 @@ class SectionState(State):
         group: Any = None,
     ):
         super().__init__(config, calibrator_config, group)
-        self.residuals = ResidualStore(calibrator_config, group)
+        self.residuals = ResidualStore(calibrator_config, group, config.residual_float8)
         self.tap = tap
         self.metric: Metric = HeadResidual(group) if tap is None else SignalChange(group)
         self.borrows_from: SectionState | None = None  # another branch, whose difference of the same step serves here

@@ -175,16 +175,24 @@ class _Recorder:
 
 def _bytes(settings: Settings, section: Section, specs: list[StreamSpec]) -> int:
     config, calibrator = settings
-    *sizes, measured = (math.prod(spec.shape) * spec.dtype.itemsize for spec in specs)
-    residuals = ResidualStore(calibrator).slots * sum(sizes)
-    if not _measures(config):
-        measured = 0
+    *streams, signal = specs
+    residuals = ResidualStore(calibrator).slots * sum(_residual_bytes(spec, config.residual_float8) for spec in streams)
+    measured = _nbytes(signal) if _measures(config) else 0
     if not isinstance(config, DBPruneConfig):
         return residuals + measured
     if config.force_reduce_calibrator_vram and calibrator is not None and len(specs[0].shape) > 1:
         tokens = specs[0].shape[1]
         measured = measured // tokens * -(-tokens // SAMPLED)
     return len(config.prunable_blocks(section.total)) * (residuals + measured)
+
+
+def _nbytes(spec: StreamSpec) -> int:
+    return math.prod(spec.shape) * spec.dtype.itemsize
+
+
+def _residual_bytes(spec: StreamSpec, float8: bool) -> int:
+    scale = torch.float32.itemsize
+    return math.prod(spec.shape[:-1]) * (spec.shape[-1] + scale) if float8 else _nbytes(spec)
 
 
 def _measures(config: BasicCacheConfig) -> bool:

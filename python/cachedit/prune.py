@@ -34,8 +34,8 @@ class _Block:
 
     __slots__ = ("previous", "residuals")
 
-    def __init__(self, calibrator_config: CalibratorConfig | None, group: Any):
-        self.residuals = ResidualStore(calibrator_config, group)
+    def __init__(self, residuals: ResidualStore):
+        self.residuals = residuals
         self.previous: torch.Tensor | None = None
 
 
@@ -145,7 +145,10 @@ class PruneState(State):
 
     def keep_input(self, number: int, hidden: torch.Tensor) -> None:
         """Keep the input of a block that is about to be computed, if differences are measured at all."""
-        block = self.blocks.setdefault(number, _Block(self.calibrator_config, self.group))
+        block = self.blocks.get(number)
+        if block is None:
+            residuals = ResidualStore(self.calibrator_config, self.group, self.config.residual_float8)
+            block = self.blocks[number] = _Block(residuals)
         if self.policy.measures:
             sample = self._sample(hidden)
             if block.previous is None:

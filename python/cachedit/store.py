@@ -20,14 +20,17 @@ class ResidualStore:
 
     Streams are ``[hidden_states]`` or ``[hidden_states, encoder_hidden_states]``. ``rings`` holds one buffer
     ``[K, *shape]`` per stream; it is allocated when the first step is stored and written in place from then on.
+    With ``float8`` they hold E4M3 codes, and ``scales`` a buffer ``[K, *shape[:-1]]`` per stream.
 
     Args:
         calibrator_config: Validated calibrator configuration, or None for plain reuse.
         group: Ranks that hold the other pieces of the streams.
+        float8: Hold residuals in E4M3; not for a calibrator that keeps outputs.
     """
 
-    def __init__(self, calibrator_config: CalibratorConfig | None, group: Any = None):
+    def __init__(self, calibrator_config: CalibratorConfig | None, group: Any = None, float8: bool = False):
         self.group = group
+        self.float8 = float8
         self.forecaster = make_forecaster(calibrator_config)
         self.slots = self.forecaster.slots
         self.fitter = self.forecaster if isinstance(self.forecaster, FittedForecaster) else None
@@ -39,8 +42,7 @@ class ResidualStore:
             outputs = calibrator_config.calibrator_cache_type != "residual"
             self.plain = (not calibrated[0], not calibrated[1])
             self.keeps_outputs = (outputs and calibrated[0], outputs and calibrated[1])
-        self.rings: list[torch.Tensor] = []
-        self.forget()
+        self.release()
 
     def forget(self) -> None:
         """Drop what is stored; buffers stay allocated."""
@@ -50,25 +52,29 @@ class ResidualStore:
 
     def release(self) -> None:
         """Drop the buffers as well."""
-        self.rings = []
+        self.rings: list[torch.Tensor] = []
+        self.scales: list[torch.Tensor] | None = None
         self.forget()
 
     @property
     def bytes_held(self) -> int:
         """Bytes of the buffers."""
-        return sum(ring.nbytes for ring in self.rings)
+        return sum(buffer.nbytes for buffer in (*self.rings, *(self.scales or ())))
 
     def push(self, step: int, streams: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
         """Keep the residual of a computed step: ``rings[next_slot] = outputs - streams``."""
         if not self.rings:
-            self.rings = [allocate(self.slots, tensor) for tensor in outputs]
+            dtype = torch.float8_e4m3fn if self.float8 else None
+            self.rings = [allocate(self.slots, tensor, dtype) for tensor in outputs]
+            if self.float8:
+                self.scales = [allocate(self.slots, tensor[..., 0], torch.float32) for tensor in outputs]
         slot = self.next_slot
         residual = [i for i in range(len(outputs)) if not self.keeps_outputs[i]]
         for i in range(len(outputs)):
             if self.keeps_outputs[i]:
                 self.rings[i][slot].copy_(outputs[i])
         if len(residual) == len(outputs):
-            kernels.residual_push(streams, outputs, self.rings, slot)
+            kernels.residual_push(streams, outputs, self.rings, slot, self.scales)
         elif residual:
             i = residual[0]
             kernels.residual_push(streams[i : i + 1], outputs[i : i + 1], self.rings[i : i + 1], slot)
@@ -85,11 +91,11 @@ class ResidualStore:
             common = self.forecaster.weights(self.steps, step)
             if plain[0] == plain[-1]:
                 return kernels.residual_forecast(
-                    streams, self.rings, self._slot_weights(common, plain[0]), self.base(0)
+                    streams, self.rings, self._slot_weights(common, plain[0]), self.base(0), self.scales
                 )
             weights = [common] * len(streams)
         return [
-            kernels.residual_forecast([stream], [ring], self._slot_weights(w, p), self.base(i))[0]
+            kernels.residual_forecast([stream], [ring], self._slot_weights(w, p), self.base(i), self._scales_of([i]))[0]
             for i, (stream, ring, w, p) in enumerate(zip(streams, self.rings, weights, plain, strict=True))
         ]
 
@@ -102,13 +108,19 @@ class ResidualStore:
 
         That step waits for the device once more, for the inner products of all streams together.
         """
-        rings = [ring for ring, p in zip(self.rings, plain, strict=True) if not p]
+        fitted = [i for i, p in enumerate(plain) if not p]
         if self.fits is None:
             slots = [(self.next_slot - 1 - age) % self.slots for age in range(fitter.window(self.steps))]
-            grams = add_up(kernels.ring_gram(rings, slots), self.group).tolist() if rings else []
-            self.fits = [fitter.fit(self.steps, gram) for gram in grams]
+            self.fits = []
+            if fitted:
+                rings = [self.rings[i] for i in fitted]
+                grams = kernels.ring_gram(rings, slots, scales=self._scales_of(fitted))
+                self.fits = [fitter.fit(self.steps, gram) for gram in add_up(grams, self.group).tolist()]
         fits = iter(self.fits)
         return [[1.0] if p else next(fits)(step) for p in plain]
+
+    def _scales_of(self, streams: list[int]) -> list[torch.Tensor] | None:
+        return None if self.scales is None else [self.scales[i] for i in streams]
 
     def _slot_weights(self, weights: list[float], plain: bool) -> list[float]:
         """Newest-first weights, put in the order of the slots; unused slots weigh 0 and are not read."""
@@ -132,8 +144,8 @@ def add_up(sums: torch.Tensor, group: Any) -> torch.Tensor:
     return sums
 
 
-def allocate(slots: int, like: torch.Tensor) -> torch.Tensor:
-    """Return an uninitialised ring ``[slots, *like.shape]``."""
+def allocate(slots: int, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Return an uninitialised ring ``[slots, *like.shape]``, of the same dtype if none is given."""
     # A buffer made under inference_mode could not be written outside of it.
     with torch.inference_mode(False):
-        return torch.empty((slots, *like.shape), dtype=like.dtype, device=like.device)
+        return torch.empty((slots, *like.shape), dtype=dtype or like.dtype, device=like.device)

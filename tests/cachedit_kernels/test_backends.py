@@ -15,6 +15,7 @@ from operands import python
 
 OPERATORS = {"residual_l1", "l1", "residual_push", "residual_forecast", "ring_gram", "merge_attention"}
 OPERATORS |= {"ulysses_pack", "ulysses_unpack"}
+OPERATORS |= {"residual_push_float8", "residual_forecast_float8", "ring_gram_float8"}
 UNSET = {"CACHEDIT_KERNELS_BACKEND": None, "CACHEDIT_CPU_CAPABILITY": None, "TRITON_INTERPRET": None}
 USE_ALL = """
 import torch, cachedit_kernels as c
@@ -26,6 +27,12 @@ print(c.l1([x], [x * 2]).tolist())
 print(c.residual_forecast([x], [ring], [1.0, 2.0])[0].tolist())
 print(c.residual_forecast([x], [ring], torch.tensor([1.0, 2.0]), 0.0)[0].tolist())
 print(c.ring_gram([ring]).tolist(), c.ring_gram([ring], [1], True).tolist())
+codes, scales = ring.to(torch.float8_e4m3fn), [torch.ones(2, 2)]
+c.residual_push([x], [x * 3], [codes], 1, scales)
+c.residual_push([x], [x * 4], [codes], torch.tensor(0), scales)
+print(c.residual_forecast([x], [codes], [1.0, 2.0], scales=scales)[0].tolist())
+print(c.residual_forecast([x], [codes], torch.tensor([1.0, 2.0]), 0.0, scales)[0].tolist())
+print(c.ring_gram([codes], scales=scales).tolist())
 out, lse = torch.ones(1, 1, 1, 2), torch.zeros(1, 1, 1)
 print(c.merge_attention(out, lse, 3 * out, lse)[0].tolist())
 buffer = c.ulysses_pack([out, 2 * out], [1], 2, [True, False])
@@ -37,6 +44,9 @@ USED_ALL = """\
 [[8.0, 8.0, 8.0], [8.0, 8.0, 8.0]]
 [[7.0, 7.0, 7.0], [7.0, 7.0, 7.0]]
 [[[54.0, 36.0], [36.0, 24.0]]] [[[[12.0]], [[12.0]]]]
+[[8.0, 8.0, 8.0], [8.0, 8.0, 8.0]]
+[[7.0, 7.0, 7.0], [7.0, 7.0, 7.0]]
+[[[54.0, 36.0], [36.0, 24.0]]]
 [[[[2.0, 2.0]]]]
 48 [[[[[1.0, 1.0]]]], [[[[2.0, 2.0]]]]]
 """

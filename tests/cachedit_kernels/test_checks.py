@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cachedit_kernels
 from cachedit_kernels import _checks
-from refusals import Case, exchange_cases, x
+from refusals import Case, exchange_cases, float8_cases, x
 
 
 def overlapping() -> tuple[Tensor, Tensor]:
@@ -219,7 +219,7 @@ def cases() -> list[Case]:
     return table
 
 
-CASES = cases() + exchange_cases()
+CASES = cases() + float8_cases() + exchange_cases()
 each_case = pytest.mark.parametrize("case", CASES, ids=[f"{i}-{case.op}" for i, case in enumerate(CASES)])
 
 
@@ -232,7 +232,7 @@ def refusal(call: Callable[..., Any], case: Case) -> str:
 @each_case
 def test_operator(case: Case) -> None:
     """Some mixtures of devices are dispatched to the fake, for meta tensors; the words are the same."""
-    assert refusal(getattr(cachedit_kernels, case.op), case) == f"{case.op}: {case.message}"
+    assert refusal(getattr(cachedit_kernels, case.op.removesuffix("_float8")), case) == f"{case.op}: {case.message}"
 
 
 @each_case
@@ -263,6 +263,11 @@ def test_nothing_is_written_before_everything_is_checked() -> None:
     ring.fill_(7)
     with pytest.raises(RuntimeError):
         cachedit_kernels.residual_push([x(4), x(4)], [x(4), alias], [good, ring], 0)
+    codes, scales = (torch.full(shape, 2.0) for shape in ((2, 4), (2,)))
+    codes = codes.to(torch.float8_e4m3fn)
+    with pytest.raises(RuntimeError):
+        cachedit_kernels.residual_push([x(4)] * 2, [x(4)] * 2, [codes, codes], 0, [scales, scales[:, None]])
+    assert (codes.float() == 2).all() and (scales == 2).all()
     assert (good == 7).all() and (bad == 7).all() and (ring == 7).all()
 
 

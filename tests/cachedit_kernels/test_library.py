@@ -37,6 +37,11 @@ def packed() -> Tensor:
     return cachedit_kernels.ulysses_pack([attention(s) for s in range(3)], [2, 1], 2, QKV)
 
 
+def float8(seed: int, slots: int = 3) -> tuple[list[Tensor], list[Tensor]]:
+    wide = streams(seed, slots)
+    return [ring.to(torch.float8_e4m3fn) for ring in wide], [ring[..., 0].float().contiguous() for ring in wide]
+
+
 CALLS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "residual_l1": (OPS.residual_l1.default, lambda: (streams(0), streams(1), streams(2))),
     "residual_l1 per sample": (OPS.residual_l1.default, lambda: (streams(0), streams(1), streams(2), True)),
@@ -56,6 +61,26 @@ CALLS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "ring_gram": (OPS.ring_gram.default, lambda: (streams(0, 3),)),
     "ring_gram of some slots": (OPS.ring_gram.default, lambda: (streams(0, 3), [2, 0])),
     "ring_gram per sample": (OPS.ring_gram.default, lambda: (streams(0, 3), None, True)),
+    "residual_push_float8": (
+        OPS.residual_push_float8.default,
+        lambda: (streams(0), streams(1), float8(2)[0], torch.tensor(1), float8(2)[1]),
+    ),
+    "residual_push_float8.int": (
+        OPS.residual_push_float8.int,
+        lambda: (streams(0), streams(1), float8(2)[0], 1, float8(2)[1]),
+    ),
+    "residual_forecast_float8": (
+        OPS.residual_forecast_float8.default,
+        lambda: (streams(0), float8(1)[0], torch.tensor([2.0, -1.0, 0.5]), 1.0, float8(1)[1]),
+    ),
+    "residual_forecast_float8.floats": (
+        OPS.residual_forecast_float8.floats,
+        lambda: (streams(0), float8(1)[0], [2.0, -1.0, 0.5], 1.0, float8(1)[1]),
+    ),
+    "ring_gram_float8": (
+        OPS.ring_gram_float8.default,
+        lambda: (float8(0)[0], [2, 0], True, float8(0)[1]),
+    ),
     "merge_attention": (OPS.merge_attention.default, lambda: (attention(0), attention(1)[..., 0], attention(2), LSE)),
     "ulysses_pack": (OPS.ulysses_pack.default, lambda: ([attention(s) for s in range(3)], [2, 1], 2, QKV)),
     "ulysses_pack O": (OPS.ulysses_pack.default, lambda: ([attention(0)], [5, 3, 0], 1, [True])),
@@ -67,7 +92,23 @@ each_call = pytest.mark.parametrize("operator, arguments", CALLS.values(), ids=C
 
 @each_call
 def test_opcheck(operator: Any, arguments: Callable[[], tuple[Any, ...]]) -> None:
-    torch.library.opcheck(operator, arguments())
+    if "float8" in operator.name():
+        checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+        torch.library.opcheck(operator, arguments(), test_utils=checks)
+    else:
+        torch.library.opcheck(operator, arguments())
+
+
+@pytest.mark.parametrize("operator, arguments", [call for name, call in CALLS.items() if "float8" in name])
+def test_float8_operators_write_what_their_schema_says(operator: Any, arguments: Callable[[], tuple[Any, ...]]) -> None:
+    """In place of opcheck's test_schema, which multiplies arguments; torch multiplies nothing in E4M3."""
+    given, original = arguments(), arguments()
+    operator(*given)
+    for argument, value, before in zip(operator._schema.arguments, given, original):
+        for now, then in zip(*map(torch.utils._pytree.tree_leaves, (value, before))):
+            if isinstance(now, Tensor):
+                written = not torch.equal(now.float(), then.float())
+                assert written == (argument.alias_info is not None and argument.alias_info.is_write), argument.name
 
 
 def test_every_overload_is_opchecked() -> None:

@@ -41,6 +41,13 @@ def everything():
             add(digest, [ring])
             add(digest, residual_forecast([before], [ring], [1.7, -0.3]))
             add(digest, residual_forecast([before], [ring], [1e-3, 0.0], 1.01))
+            if before.dim():
+                codes = torch.zeros(2, *before.shape, dtype=torch.float8_e4m3fn)
+                scales = torch.zeros(2, *before.shape[:-1])
+                residual_push([before], [after], [codes], 0, [scales])
+                residual_push([after], [anchor], [codes], 1, [scales])
+                add(digest, [codes.float(), scales, ring_gram([codes], [1, 0], scales=[scales])])
+                add(digest, residual_forecast([before], [codes], [1.7, -0.3], 1.01, [scales]))
             three = torch.stack([before, after, anchor])
             for per_sample in (False, True) if before.dim() else (False,):
                 add(digest, [ring_gram([three], None, per_sample), ring_gram([three], [2, 0], per_sample)])
