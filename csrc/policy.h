@@ -2,8 +2,8 @@
 // ring) and forecast.py (TaylorSeer's weights). It compiles for the host, where tests/cachedit/test_policy_native.py
 // compares it with these step by step, and for the device (csrc/cuda/policy.cu). Nothing allocates, nothing throws.
 //
-// A step is decide(), then carry_out(). Arithmetic is in double and must not be contracted (-ffp-contract=off,
-// --fmad=false): then all of it gives Python's bits.
+// A step is decide(), then carry_out(). Arithmetic is in double with products rounded before they are added (g++ needs
+// -ffp-contract=off for that), so that all of it gives Python's bits.
 #pragma once
 
 #include <cmath>
@@ -143,6 +143,14 @@ CACHEDIT_HD inline bool needs_diff(const Rules& rules, const State& state, Step&
   return true;
 }
 
+CACHEDIT_HD inline double add_product(double sum, double a, double b) {
+#ifdef __CUDA_ARCH__
+  return __dadd_rn(sum, __dmul_rn(a, b));  // never fused
+#else
+  return sum + a * b;
+#endif
+}
+
 // TaylorSeer's ladder of derivatives, for unit vectors: see taylor_weights in python/cachedit/forecast.py.
 CACHEDIT_HD inline void forecast(const Ring& ring, int32_t slots, int64_t step, double* by_slot) {
   double ladder[kMaxSlots][kMaxSlots] = {};  // rung seen from stored step j, as weights of the stored steps
@@ -160,7 +168,8 @@ CACHEDIT_HD inline void forecast(const Ring& ring, int32_t slots, int64_t step, 
     }
     const double factor = static_cast<double>(power) / static_cast<double>(factorial);
     for (int32_t k = 0; k < ring.count; ++k) {
-      by_slot[(ring.next_slot + slots - 1 - k) % slots] += factor * ladder[0][k];
+      double& weight = by_slot[(ring.next_slot + slots - 1 - k) % slots];
+      weight = add_product(weight, factor, ladder[0][k]);
     }
   }
 }

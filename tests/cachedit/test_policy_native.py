@@ -3,56 +3,27 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import logging
 import math
 import multiprocessing
 import random
-import shutil
-import subprocess
 import sysconfig
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 
-from cachedit import DBCacheConfig, TaylorSeerCalibratorConfig, metric, store
-from cachedit.context import SectionState
-from cachedit.policy import Decision
+from cachedit import DBCacheConfig, metric
+from cachedit_kernels.graphs import REASONS
+from decisions import NOT_STORED, RELEASE, RESTART, STEP_SKIPPED, STREAMS_CHANGED, by_the_engine
+from native import build, needs_compiler
 
-ROOT = Path(__file__).parents[2]
 SCHEDULES = 100_000
-REASONS = (
-    "nothing stored",
-    "warm-up",
-    "mask",
-    "max_cached_steps",
-    "max_continuous_cached_steps",
-    "accumulated diff",
-    "threshold",
-    "non-finite diff",
-    "diff",
-)
-RESTART, RELEASE, STREAMS_CHANGED, NOT_STORED, STEP_SKIPPED = 1, 2, 4, 8, 16  # as in tests/native/policy.cpp
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None or not (ROOT / "csrc").exists(), reason="needs g++ and a checkout"
-)
-
-
-def build(library: Path) -> None:
-    """Compile tests/native/policy.cpp; pybind11's headers come with torch."""
-    includes = [str(Path(torch.__file__).parent / "include"), sysconfig.get_paths()["include"]]
-    command = ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fPIC", "-shared"]
-    command += [f"-I{ROOT / 'csrc'}", *(f"-isystem{include}" for include in includes)]
-    result = subprocess.run(
-        [*command, str(ROOT / "tests" / "native" / "policy.cpp"), "-o", str(library)], capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
+pytestmark = needs_compiler
 
 
 def load(library: Path) -> ModuleType:
@@ -66,7 +37,8 @@ def load(library: Path) -> ModuleType:
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("native") / "policy_native.so"
-    build(path)
+    pybind11 = Path(torch.__file__).parent / "include"
+    build(path, "tests/native/policy.cpp", includes=(pybind11, sysconfig.get_paths()["include"]))
     return path
 
 
@@ -105,74 +77,6 @@ def schedule(seed: int) -> tuple[dict[str, Any], int | None, int, list[float], l
     if rng.random() < 0.3:
         events[rng.randrange(steps)] |= STEP_SKIPPED
     return settings, total, rng.randint(0, 4), diffs, events
-
-
-class Played:
-    """A metric that has been measured beforehand."""
-
-    bytes_held = 0
-
-    def __init__(self, diffs: list[float]):
-        self.diffs = diffs
-        self.position = 0
-
-    def measure(self, seen: Any) -> float:
-        return self.diffs[self.position]
-
-    def keep(self, seen: Any, computed: bool) -> None: ...
-
-    def forget(self) -> None: ...
-
-    def release(self) -> None: ...
-
-
-class Operators:
-    """Stands in for the operators, and notes which slot and weights they were given."""
-
-    slot: int | None = None
-    weights: list[float] | None = None
-
-    def residual_push(self, before: Any, after: Any, ring: Any, slot: int) -> None:
-        self.slot = slot
-
-    def residual_forecast(self, hidden: Any, ring: Any, weights: list[float], base: float) -> Any:
-        self.weights = weights
-        return hidden
-
-
-def by_the_engine(
-    settings: dict[str, Any], total: int | None, order: int, diffs: list[float], events: list[int]
-) -> tuple[list[Any], int]:
-    """Carry the schedule out; per step (step, reused, diff, reason, slot pushed to, weights by slot)."""
-    calibrator = TaylorSeerCalibratorConfig(taylorseer_order=order) if order else None
-    state = SectionState(DBCacheConfig(**settings), calibrator)
-    state.metric = played = Played(diffs)
-    state.begin(total)
-    shapes = itertools.cycle((torch.empty(1), torch.empty(2)))
-    streams = [next(shapes)]
-    rows = []
-    with mock.patch.object(store, "kernels", Operators()) as operators:
-        for i, event in enumerate(events):
-            played.position = i
-            if event & STEP_SKIPPED:
-                state.policy.step += 1
-            if event & RESTART:
-                state.forget()
-            if event & RELEASE:
-                state.release()
-            if event & STREAMS_CHANGED:
-                streams = [next(shapes)]
-            operators.slot = operators.weights = None
-            decision, diff = state.decide(None, streams)
-            if decision is Decision.REUSE:
-                state.forecast(streams, diff)
-            elif event & NOT_STORED:
-                state.skip_storing(diff)
-            else:
-                state.store(streams, streams, diff)
-            record = state.policy.records[-1]
-            rows.append((record.step, record.reused, diff, record.reason, operators.slot, operators.weights))
-    return rows, state.policy.nonfinite
 
 
 def natively(
