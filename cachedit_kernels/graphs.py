@@ -23,6 +23,7 @@ import ctypes
 import functools
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from ctypes import POINTER, byref, c_bool, c_char_p, c_double, c_int, c_int64, c_void_p
 from typing import Any, NamedTuple
 
@@ -170,12 +171,14 @@ class StepGraph:
         Args:
             graph: ``torch.cuda.CUDAGraph`` captured with ``keep_graph=True``.
         """
-        _check("step_add", self._step, _raw(graph))
+        with self._on_device():
+            _check("step_add", self._step, _raw(graph))
         self._kept.append(graph)
 
     def policy(self, control: Control, sums: Tensor | None = None) -> None:
         """Let the control take a step without asking it, as where a static mask has the host choose the graph."""
-        _check("step_add_policy", self._step, *self._arguments(control, sums))
+        with self._on_device():
+            _check("step_add_policy", self._step, *self._arguments(control, sums))
 
     def branch(self, control: Control, sums: Tensor, reuse: Any, compute: Any) -> None:
         """Let the control decide between two captured graphs.
@@ -189,12 +192,18 @@ class StepGraph:
         Raises:
             RuntimeError: If a graph holds what a conditional one may not, or the driver is older than CUDA 12.8.
         """
-        _check("step_add_branch", self._step, *self._arguments(control, sums), _raw(reuse), _raw(compute))
+        with self._on_device():
+            _check("step_add_branch", self._step, *self._arguments(control, sums), _raw(reuse), _raw(compute))
         self._kept += [reuse, compute]
 
     def instantiate(self) -> Callable[[], None]:
         """Return a function that launches the step on the current stream, and keeps alive what it works on."""
-        return _Launch(self._step, self.device, self._kept)
+        with self._on_device():
+            return _Launch(self._step, self.device, self._kept)
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        """Nodes belong to the device that is current when they are made."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _arguments(self, control: Control, sums: Tensor | None) -> tuple[Any, ...]:
         device = control.memory.device
