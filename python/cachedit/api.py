@@ -14,6 +14,7 @@ from .attention import set_attention_backend, transformers_of
 from .calibrator import CalibratorConfig
 from .config import BasicCacheConfig, CacheType, DBCacheConfig
 from .controller import Controller, controller_of
+from .cuda_graphs import ForwardGraphs
 from .lazy import LazyController
 from .models import find_transformers
 from .modifier import ParamsModifier, Settings, modified, modifiers_per_transformer, settings_per_section
@@ -35,6 +36,7 @@ __all__ = [
     "disable_cache",
     "drop_request",
     "enable_cache",
+    "enable_cuda_graphs",
     "limit_requests",
     "refresh_context",
     "request",
@@ -256,6 +258,28 @@ def limit_requests(target: Any, max_requests: int = 256, max_bytes: int | None =
         controller.requests.limit(max_requests, max_bytes)
 
 
+def enable_cuda_graphs(pipe_or_transformer: Any, max_graphs: int = 16) -> Any:
+    """Replay forwards whose decision is known beforehand as CUDA graphs. Experimental: not yet run on a GPU.
+
+    Those are warm-up steps, steps that a limit computes, and all steps of a static mask; steps that have to be measured
+    run eagerly, and so does what cannot be captured. :func:`summary` says how many, and why. Each kind of call (shapes,
+    guidance branch, computed or reused) runs eagerly once. Call this again after changing modules (a LoRA does) or
+    the attention backend. :func:`disable_cache` ends it.
+
+    Args:
+        pipe_or_transformer: What the cache is enabled on; it is returned.
+        max_graphs: Keep so many graphs per transformer; the least recently used is dropped.
+
+    Raises:
+        ValueError: If the cache is not enabled there, its work is split among ranks, or ``max_graphs`` is below 1.
+    """
+    controllers = _enabled("pipe_or_transformer", pipe_or_transformer)
+    graphs = [ForwardGraphs(controller, max_graphs) for controller in controllers]
+    for controller, its in zip(controllers, graphs, strict=True):
+        controller.graphs = its
+    return pipe_or_transformer
+
+
 def summary(adapter_or_others: Any, details: bool = False, logging: bool = True) -> list[CacheStats]:
     """Return, and print, what the cache did in the running or last request.
 
@@ -267,9 +291,11 @@ def summary(adapter_or_others: Any, details: bool = False, logging: bool = True)
     Returns:
         One :class:`CacheStats` per transformer and section; empty where the cache is not enabled.
     """
-    stats = [entry for controller in _controllers(adapter_or_others) for entry in collect(controller)]
+    controllers = _controllers(adapter_or_others)
+    stats = [entry for controller in controllers for entry in collect(controller)]
     if logging:
         print(format_table(stats, details) if stats else "the cache is not enabled here")
+        print(*(f"{controller.graphs}\n" for controller in controllers if controller.graphs), sep="", end="")
     return stats
 
 

@@ -79,14 +79,28 @@ class SectionRun:
             return
         self.streams = (hidden, self.object if encoder is None else encoder)
         self.decided = True
-        decision, self.diff = self.state.decide(Measured(self.before, hidden, current_run().signal), streams)
+        self.reuse = self.decide(Measured(self.before, hidden, current_run().signal), streams)
         self.before = None  # nothing is held longer than it is needed: tensors are large
-        if decision is Decision.REUSE:
-            self.outputs = self.state.forecast(streams, self.diff)
-            self.reuse = True
+        if self.reuse:
+            self.outputs = self.forecast(streams)
         else:
             self.inputs = [self.guard(tensor) for tensor in streams]
             self.keep = True
+
+    # What of this touches the state; cuda_graphs.py has another way.
+
+    def decide(self, seen: Measured, streams: list[torch.Tensor]) -> bool:
+        """Whether the step is reused."""
+        decision, self.diff = self.state.decide(seen, streams)
+        return decision is Decision.REUSE
+
+    def forecast(self, streams: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The body's outputs at a reused step."""
+        return self.state.forecast(streams, self.diff)
+
+    def store(self, outputs: list[torch.Tensor]) -> None:
+        """Keep what the body added to its inputs."""
+        self.state.store(self.inputs, outputs, self.diff)
 
     def leave(self, block: nn.Module, hidden: torch.Tensor, second: Any) -> None:
         """The body has returned these, its last block being ``block``: store its residual."""
@@ -101,7 +115,7 @@ class SectionRun:
         check_shapes(block, self.inputs, outputs)
         if self.section.in_place is None:
             self.section.in_place = self.guard.compare()
-        self.state.store(self.inputs, outputs, self.diff)
+        self.store(outputs)
         self.keep = False
         self.inputs, self.streams = [], None
 

@@ -27,6 +27,7 @@ from .tap import Tap, make_tap
 from .teacache import TeaCacheConfig
 
 if TYPE_CHECKING:
+    from .cuda_graphs import ForwardGraphs
     from .watch import PipelineWatch
 
 __all__ = ["Controller", "controller_of"]
@@ -86,6 +87,7 @@ class Controller:
         self.tap: Tap | None = None
         self._set_tap(make_tap(self.transformer, settings))
         self.requests = Requests()
+        self.graphs: ForwardGraphs | None = None
         self.watch: PipelineWatch | None = None  # on the pipeline that the cache was enabled through
         self.warned_about_grad = self.warned_about_idling = self.warned_about_mask = False
 
@@ -146,6 +148,8 @@ class Controller:
             section.configure(*chosen)
         self._set_tap(tap)
         self.requests.clear()
+        if self.graphs is not None:
+            self.graphs.clear()
         self.warned_about_idling = self.warned_about_mask = False
 
     def join(self, group: Any) -> None:
@@ -244,13 +248,11 @@ class Controller:
             branch = request.branch(self.branch_name(request.turn), self.sections, steps)
             if request.calls == 0:
                 self._warn_if_masks_are_unresolved(request)
-            runs = branch.runs()
-            with run_sections(self, runs, branch, args, kwargs):
-                output = original(*args, **kwargs)
-            for run in runs:
-                run.close()
-                if run.bypassed:
-                    self._warn_about_gradients("the blocks' inputs")
+            if self.graphs is None:
+                output = self._run(original, branch, args, kwargs)
+            else:
+                eagerly = functools.partial(self._run, original, branch, args, kwargs)
+                output = self.graphs.forward(original, branch, args, kwargs, eagerly)
             request.calls += 1
         except BaseException:
             request.begin(request.total_steps)  # nobody goes on after that: the next forward begins anew
@@ -259,6 +261,16 @@ class Controller:
             self.requests.leave(request, outer)
         if branch.step == request.total_steps and not self.warned_about_idling:
             self._warn_if_idle(branch)
+        return output
+
+    def _run(self, original: Any, branch: Branch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        runs = branch.runs()
+        with run_sections(self, runs, branch, args, kwargs):
+            output = original(*args, **kwargs)
+        for run in runs:
+            run.close()
+            if run.bypassed:
+                self._warn_about_gradients("the blocks' inputs")
         return output
 
     def _wants_gradients(self) -> bool:

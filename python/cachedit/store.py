@@ -63,24 +63,34 @@ class ResidualStore:
 
     def push(self, step: int, streams: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
         """Keep the residual of a computed step: ``rings[next_slot] = outputs - streams``."""
+        self.write(self.next_slot, streams, outputs)
+        self.note(step)
+
+    def write(self, slot: int | torch.Tensor, streams: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
+        """What :meth:`push` does to the buffers. The slot may be a 0-d int64 tensor on their device."""
         if not self.rings:
             dtype = torch.float8_e4m3fn if self.float8 else None
             self.rings = [allocate(self.slots, tensor, dtype) for tensor in outputs]
             if self.float8:
                 self.scales = [allocate(self.slots, tensor[..., 0], torch.float32) for tensor in outputs]
-        slot = self.next_slot
         residual = [i for i in range(len(outputs)) if not self.keeps_outputs[i]]
         for i in range(len(outputs)):
             if self.keeps_outputs[i]:
-                self.rings[i][slot].copy_(outputs[i])
+                if isinstance(slot, torch.Tensor):
+                    self.rings[i].index_copy_(0, slot.reshape(1), outputs[i].unsqueeze(0))
+                else:
+                    self.rings[i][slot].copy_(outputs[i])
         if len(residual) == len(outputs):
             kernels.residual_push(streams, outputs, self.rings, slot, self.scales)
         elif residual:
             i = residual[0]
             kernels.residual_push(streams[i : i + 1], outputs[i : i + 1], self.rings[i : i + 1], slot)
+
+    def note(self, step: int) -> None:
+        """The residual of this step is in the next slot."""
         self.fits = None
         self.steps = [step, *self.steps[: self.slots - 1]]
-        self.next_slot = (slot + 1) % self.slots
+        self.next_slot = (self.next_slot + 1) % self.slots
 
     def forecast(self, step: int, streams: list[torch.Tensor]) -> list[torch.Tensor]:
         """Forecast the outputs of a reused step from its inputs: ``streams + sum_k weights[k] * rings[k]``."""
@@ -97,6 +107,21 @@ class ResidualStore:
         return [
             kernels.residual_forecast([stream], [ring], self._slot_weights(w, p), self.base(i), self._scales_of([i]))[0]
             for i, (stream, ring, w, p) in enumerate(zip(streams, self.rings, weights, plain, strict=True))
+        ]
+
+    def weights(self, step: int) -> list[list[float]]:
+        """By slot: the weights of a forecast that is not fitted, and of the last residual as it is."""
+        common = self.forecaster.weights(self.steps, step)
+        return [self._slot_weights(common, False), self._slot_weights(common, True)]
+
+    def weigh(self, weights: torch.Tensor, streams: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What :meth:`forecast` does with the buffers, given :meth:`weights` as a float32 tensor ``[2, K]``."""
+        plain = self.plain[: len(streams)]
+        if plain[0] == plain[-1]:
+            return kernels.residual_forecast(streams, self.rings, weights[int(plain[0])], self.base(0), self.scales)
+        return [
+            kernels.residual_forecast([stream], [ring], weights[int(p)], self.base(i), self._scales_of([i]))[0]
+            for i, (stream, ring, p) in enumerate(zip(streams, self.rings, plain, strict=True))
         ]
 
     def base(self, stream: int) -> float:

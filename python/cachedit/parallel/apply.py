@@ -27,6 +27,7 @@ __all__ = [
     "Parallelism",
     "disable_parallelism",
     "enable_parallelism",
+    "is_parallel",
     "prepare_parallelism",
     "process_group",
     "sequence_group",
@@ -210,6 +211,11 @@ def disable_parallelism(module: nn.Module) -> None:
     parallel = vars(module).pop(_ATTRIBUTE, None)
     if parallel is not None:
         parallel.undo()
+
+
+def is_parallel(transformer: nn.Module) -> bool:
+    """Whether its work is split among ranks, or its weights are."""
+    return any(name in vars(transformer) for name in (_ATTRIBUTE, _SHARDS))
 
 
 def sequence_group(transformer: nn.Module) -> dist.ProcessGroup | None:
