@@ -48,7 +48,6 @@ def transport(group: dist.ProcessGroup | None = None, device: torch.device | str
     return found
 
 
-@torch.compiler.assume_constant_result
 def chosen(group_name: str, device: torch.device) -> Transport:
     """The same by the group's name; a constant to `torch.compile`."""
     group = symmetric.group_of(group_name)
@@ -60,6 +59,8 @@ def chosen(group_name: str, device: torch.device) -> Transport:
     return known[1]
 
 
+# What torch.compiler.assume_constant_result does, without importing dynamo with the package.
+chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _chosen: dict[tuple[str, torch.device], tuple[dist.ProcessGroup, Transport]] = {}
 
 
