@@ -3,6 +3,8 @@
 import importlib.util
 import inspect
 import json
+import subprocess
+import sys
 from enum import Enum
 
 import pytest
