@@ -1,4 +1,4 @@
-"""residual_forecast (also of E4M3) and ring_gram against eager torch, torch.compile, a peer and a copy of the same bytes.
+"""residual_forecast (E4M3 too) and ring_gram against eager torch, torch.compile, a peer and a copy of the same bytes.
 
 K = 1 is plain reuse, K = 2 a first-order forecast, K = 3 a second-order one: ours as a weighted sum of K residuals,
 the others from a derivative ladder, as TaylorSeer (arXiv 2503.06923) is usually written. The rows of ring_gram are

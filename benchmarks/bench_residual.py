@@ -1,4 +1,4 @@
-"""residual_l1, l1 and residual_push (also in E4M3) against eager torch, torch.compile, a peer and a copy of those bytes.
+"""residual_l1, l1, residual_push (E4M3 too) against eager torch, torch.compile, a peer and a copy of the same bytes.
 
 K of residual_push is what a forecast of order K - 1 needs: one ring slot written here, a ladder of K differences there.
 
