@@ -1,4 +1,4 @@
-"""residual_forecast and ring_gram against eager torch, torch.compile, a peer and a copy of the same bytes.
+"""residual_forecast (E4M3 too) and ring_gram against eager torch, torch.compile, a peer and a copy of the same bytes.
 
 K = 1 is plain reuse, K = 2 a first-order forecast, K = 3 a second-order one: ours as a weighted sum of K residuals,
 the others from a derivative ladder, as TaylorSeer (arXiv 2503.06923) is usually written. The rows of ring_gram are
@@ -26,14 +26,33 @@ def cases(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Iterat
         others = ladder_forecast(hidden, ring), peer_forecast(hidden, ring)
         floor = (k + 2) * hidden.nbytes
         yield Case("residual_forecast", dtype, {"k": k}, floor, ours(hidden, ring), *others)
+        codes, scales = ring.to(torch.float8_e4m3fn), ring[..., 0].float().contiguous()
+        floor = 2 * hidden.nbytes + codes.nbytes + scales.nbytes
+        others = (eager_float8(hidden, codes, scales),)
+        yield Case("residual_forecast_float8", dtype, {"k": k}, floor, ours(hidden, codes, [scales]), *others)
     for k in (4, 6):
         ring = torch.randn((k, *shape), device=device).to(dtype)
         yield Case("ring_gram", dtype, {"k": k}, ring.nbytes, gram(ring), eager_gram(ring))
 
 
-def ours(hidden: Tensor, ring: Tensor) -> Callable[[], object]:
-    weights = [1.5, -0.5, 0.25][: len(ring)]
-    return lambda: cachedit_kernels.residual_forecast([hidden], [ring], weights)
+WEIGHTS = [1.5, -0.5, 0.25]
+
+
+def ours(hidden: Tensor, ring: Tensor, scales: list[Tensor] | None = None) -> Callable[[], object]:
+    weights = WEIGHTS[: len(ring)]
+    return lambda: cachedit_kernels.residual_forecast([hidden], [ring], weights, scales=scales)
+
+
+def eager_float8(hidden: Tensor, codes: Tensor, scales: Tensor) -> Callable[[], Tensor]:
+    """hidden + sum_k weights[k] * codes[k] * scales[k], one term after another."""
+
+    def forecast() -> Tensor:
+        total = hidden
+        for k in range(len(codes)):
+            total = total + (WEIGHTS[k] * codes[k].to(hidden.dtype) * scales[k, ..., None]).to(hidden.dtype)
+        return total
+
+    return forecast
 
 
 def gram(ring: Tensor) -> Callable[[], object]:

@@ -1,4 +1,4 @@
-"""residual_l1, l1 and residual_push against eager torch, torch.compile, a peer and a copy of the same bytes.
+"""residual_l1, l1, residual_push (E4M3 too) against eager torch, torch.compile, a peer and a copy of the same bytes.
 
 K of residual_push is what a forecast of order K - 1 needs: one ring slot written here, a ladder of K differences there.
 
@@ -55,6 +55,21 @@ def cases(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Iterat
             ladder_update(before, after, k),
             peer_update(before, after, k),
         )
+    codes, scales = ring.to(torch.float8_e4m3fn), ring[..., 0].float()
+    yield Case(
+        "residual_push_float8",
+        dtype,
+        {},
+        2 * before.nbytes + codes[0].nbytes + scales[0].nbytes,
+        lambda: cachedit_kernels.residual_push([before], [after], [codes], 1, [scales]),
+        lambda: quantise(after - before),
+    )
+
+
+def quantise(residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows in E4M3 with a scale each."""
+    scale = residual.float().abs().amax(-1, keepdim=True) / 448
+    return (residual / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
 
 
 def ladder_update(before: Tensor, after: Tensor, k: int, gap: float = 2.0) -> Callable[[], list[Tensor]]:

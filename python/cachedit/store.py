@@ -25,7 +25,7 @@ class ResidualStore:
     Args:
         calibrator_config: Validated calibrator configuration, or None for plain reuse.
         group: Ranks that hold the other pieces of the streams.
-        float8: Hold residuals in E4M3; not for a calibrator that keeps outputs.
+        float8: Hold residuals (or outputs) in E4M3.
     """
 
     def __init__(self, calibrator_config: CalibratorConfig | None, group: Any = None, float8: bool = False):
@@ -62,7 +62,7 @@ class ResidualStore:
         return sum(buffer.nbytes for buffer in (*self.rings, *(self.scales or ())))
 
     def push(self, step: int, streams: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
-        """Keep the residual of a computed step: ``rings[next_slot] = outputs - streams``."""
+        """Keep the residual (or the outputs) of a computed step: ``rings[next_slot] = outputs - streams``."""
         self.write(self.next_slot, streams, outputs)
         self.note(step)
 
@@ -73,18 +73,12 @@ class ResidualStore:
             self.rings = [allocate(self.slots, tensor, dtype) for tensor in outputs]
             if self.float8:
                 self.scales = [allocate(self.slots, tensor[..., 0], torch.float32) for tensor in outputs]
-        residual = [i for i in range(len(outputs)) if not self.keeps_outputs[i]]
-        for i in range(len(outputs)):
-            if self.keeps_outputs[i]:
-                if isinstance(slot, torch.Tensor):
-                    self.rings[i].index_copy_(0, slot.reshape(1), outputs[i].unsqueeze(0))
-                else:
-                    self.rings[i][slot].copy_(outputs[i])
-        if len(residual) == len(outputs):
-            kernels.residual_push(streams, outputs, self.rings, slot, self.scales)
-        elif residual:
-            i = residual[0]
-            kernels.residual_push(streams[i : i + 1], outputs[i : i + 1], self.rings[i : i + 1], slot)
+        # An output is what is added to nothing.
+        before = [
+            output.new_zeros(()).expand_as(output) if kept else stream
+            for stream, output, kept in zip(streams, outputs, self.keeps_outputs, strict=False)
+        ]
+        kernels.residual_push(before, outputs, self.rings, slot, self.scales)
 
     def note(self, step: int) -> None:
         """The residual of this step is in the next slot."""

@@ -10,8 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 OPERATORS = {
-    "bench_residual.py": ["residual_l1", "l1", "residual_push", "residual_push", "residual_push"],
-    "bench_forecast.py": ["residual_forecast"] * 3 + ["ring_gram"] * 2,
+    "bench_residual.py": ["residual_l1", "l1"] + ["residual_push"] * 3 + ["residual_push_float8"],
+    "bench_forecast.py": ["residual_forecast", "residual_forecast_float8"] * 3 + ["ring_gram"] * 2,
 }
 
 

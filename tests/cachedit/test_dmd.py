@@ -128,9 +128,9 @@ def test_residuals_that_do_not_change_stay():
 def grams(monkeypatch):
     calls = []
 
-    def counted(ring, slots=None, per_sample=False):
+    def counted(ring, slots=None, per_sample=False, scales=None):
         calls.append(len(ring))
-        return cachedit_kernels.gram.ring_gram(ring, slots, per_sample)
+        return cachedit_kernels.gram.ring_gram(ring, slots, per_sample, scales)
 
     monkeypatch.setattr(cachedit_kernels, "ring_gram", counted)
     return calls

@@ -28,6 +28,8 @@ CASES = {
     "plain": (reusing(), None),
     "order 2": (reusing(Bn_compute_blocks=1), TaylorSeerCalibratorConfig(taylorseer_order=2)),
     "static mask": (reusing(steps_computation_mask="fast", steps_computation_policy="static"), None),
+    "float8": (reusing(residual_float8=True), TaylorSeerCalibratorConfig()),
+    "pruned, float8": (reusing(DBPruneConfig, residual_float8=True), None),
     "pruned": (reusing(DBPruneConfig, non_prune_block_ids=[2]), TaylorSeerCalibratorConfig()),
     "pruned, reduced": (reusing(DBPruneConfig, force_reduce_calibrator_vram=True), TaylorSeerCalibratorConfig()),
 }
