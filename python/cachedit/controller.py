@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -39,24 +39,35 @@ class CachedForward:
     """Stands in for a transformer's ``forward``; carries its signature, which pipelines inspect."""
 
     def __init__(self, controller: Controller, original: Any):
+        from . import compiled  # imports dynamo: not before a cache is enabled
+
         functools.update_wrapper(self, original)
         self.controller = controller
         self.original = original
-        self.uncompiled = _uncompiled_forward()
+        self.passes = compiled.Passes(controller, original)
+        self.is_compiling = compiled.is_compiling
+        self.run_in_passes = compiled.run_in_passes
+        _never_trace_calls()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            # What changes from step to step must not be traced; blocks can be compiled by themselves.
-            return self.uncompiled(self.controller, self.original, args, kwargs)
+        if self.is_compiling():
+            return self.run_in_passes(self, args, kwargs)
         return self.controller.forward(self.original, args, kwargs)
 
 
 @functools.cache
-def _uncompiled_forward() -> Any:
-    def forward(controller: Controller, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return controller.forward(original, args, kwargs)
+def _never_trace_calls() -> None:
+    """Have dynamo look into what ``CachedForward`` calls, not into the call itself."""
+    CachedForward.__call__ = torch.compiler.disable(CachedForward.__call__, recursive=False)  # type: ignore[method-assign]
 
-    return torch.compiler.disable(forward)  # imports dynamo: not before a cache is enabled
+
+class Step(NamedTuple):
+    """A forward that has begun."""
+
+    request: Request
+    outer: int | None
+    """For :meth:`Requests.leave`."""
+    branch: Branch
 
 
 class Controller:
@@ -231,8 +242,29 @@ class Controller:
 
     def forward(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the transformer's own forward with its block lists handing out sites."""
-        if not self.attached or self._wants_gradients():
+        if self.is_bypassed():
             return original(*args, **kwargs)
+        step = self.begin_step()
+        try:
+            runs = step.branch.runs()
+            with run_sections(self, runs, step.branch, args, kwargs):
+                output = original(*args, **kwargs)
+            for run in runs:
+                run.close()
+                if run.bypassed:
+                    self._warn_about_gradients("the blocks' inputs")
+        except BaseException:
+            self.abandon_step(step)
+            raise
+        self.end_step(step)
+        return output
+
+    def is_bypassed(self) -> bool:
+        """Whether the transformer runs as if there were no cache."""
+        return not self.attached or self._wants_gradients()
+
+    def begin_step(self) -> Step:
+        """A forward begins: find its request and branch. :meth:`end_step` or :meth:`abandon_step` has to follow."""
         scope = self.scope
         steps = self._steps(scope)
         request, outer = self.requests.enter(scope.key, steps)
@@ -241,22 +273,23 @@ class Controller:
             branch = request.branch(self.branch_name(request.turn), self.sections, steps)
             if request.calls == 0:
                 self._warn_if_masks_are_unresolved(request)
-            runs = branch.runs()
-            with run_sections(self, runs, branch, args, kwargs):
-                output = original(*args, **kwargs)
-            for run in runs:
-                run.close()
-                if run.bypassed:
-                    self._warn_about_gradients("the blocks' inputs")
-            request.calls += 1
         except BaseException:
-            request.begin(request.total_steps)  # nobody goes on after that: the next forward begins anew
-            raise
-        finally:
+            request.begin(request.total_steps)
             self.requests.leave(request, outer)
-        if branch.step == request.total_steps and not self.warned_about_idling:
-            self._warn_if_idle(branch)
-        return output
+            raise
+        return Step(request, outer, branch)
+
+    def end_step(self, step: Step) -> None:
+        """The forward has ended."""
+        step.request.calls += 1
+        self.requests.leave(step.request, step.outer)
+        if step.branch.step == step.request.total_steps and not self.warned_about_idling:
+            self._warn_if_idle(step.branch)
+
+    def abandon_step(self, step: Step) -> None:
+        """The forward has raised. Nobody goes on after that: the next one begins a request."""
+        step.request.begin(step.request.total_steps)
+        self.requests.leave(step.request, step.outer)
 
     def _wants_gradients(self) -> bool:
         if not torch.is_grad_enabled():
@@ -323,7 +356,9 @@ class Controller:
             self.patched = True
         holder, name = _find_own_forward(module)
         self._had_forward = name in vars(holder)
-        _put(holder, name, CachedForward(self, getattr(holder, name)))
+        forward = CachedForward(self, getattr(holder, name))
+        self.passes = forward.passes
+        _put(holder, name, forward)
         for blocks, link in self.lists:
             intercept(blocks, self, link)
         if self.tap is not None:
