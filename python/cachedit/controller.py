@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from types import MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,6 +14,7 @@ from torch import nn
 from .adapter import TransformerPlan
 from .blocks import Link, Section, check_sizes, intercept, release, run_sections
 from .config import BasicCacheConfig
+from .forward import CachedForward, find_own_forward, forward_slots
 from .modifier import Settings
 from .parallel.apply import sequence_group
 from .patch_functor import is_patched
@@ -33,32 +32,6 @@ __all__ = ["Controller", "controller_of"]
 logger = logging.getLogger(__name__)
 
 _ATTRIBUTE = "_cachedit_controller"
-
-
-class CachedForward:
-    """Stands in for a transformer's ``forward``; carries its signature, which pipelines inspect."""
-
-    def __init__(self, controller: Controller, original: Any):
-        from . import compiled  # imports dynamo: not before a cache is enabled
-
-        functools.update_wrapper(self, original)
-        self.controller = controller
-        self.original = original
-        self.passes = compiled.Passes(controller, original)
-        self.is_compiling = compiled.is_compiling
-        self.run_in_passes = compiled.run_in_passes
-        _never_trace_calls()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.is_compiling():
-            return self.run_in_passes(self, args, kwargs)
-        return self.controller.forward(self.original, args, kwargs)
-
-
-@functools.cache
-def _never_trace_calls() -> None:
-    """Have dynamo look into what ``CachedForward`` calls, not into the call itself."""
-    CachedForward.__call__ = torch.compiler.disable(CachedForward.__call__, recursive=False)  # type: ignore[method-assign]
 
 
 class Step(NamedTuple):
@@ -354,7 +327,7 @@ class Controller:
         if self.patch_functor is not None and not is_patched(module):  # else the user has patched it, and keeps it so
             self.patch_functor.apply(module)
             self.patched = True
-        holder, name = _find_own_forward(module)
+        holder, name = find_own_forward(module)
         self._had_forward = name in vars(holder)
         forward = CachedForward(self, getattr(holder, name))
         self.passes = forward.passes
@@ -374,7 +347,7 @@ class Controller:
             self.tap.detach()
         self.attached = False
         module = self.transformer
-        for holder, name in _forward_slots(module):
+        for holder, name in forward_slots(module):
             value = vars(holder).get(name)
             if isinstance(value, CachedForward) and value.controller is self:
                 if holder is module and name == "forward" and not self._had_forward:
@@ -401,22 +374,3 @@ def controller_of(module: Any) -> Controller | None:
 
 def _put(holder: Any, name: str, value: Any) -> None:
     vars(holder)[name] = value
-
-
-def _forward_slots(module: nn.Module) -> Iterator[tuple[Any, str]]:
-    """Where a module's own forward may be kept: accelerate and diffusers hooks replace ``module.forward``."""
-    if "_old_forward" in vars(module):  # accelerate
-        yield module, "_old_forward"
-    for reference in getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", ()):
-        yield reference, "original_forward"
-        yield reference, "forward"
-    yield module, "forward"
-
-
-def _find_own_forward(module: nn.Module) -> tuple[Any, str]:
-    """The slot that holds the module's own forward: inside of all hooks, so that they keep working in any order."""
-    for holder, name in _forward_slots(module):
-        value = getattr(holder, name)
-        if isinstance(value, MethodType) and value.__self__ is module and value.__func__ is type(module).forward:
-            return holder, name
-    return module, "forward"
