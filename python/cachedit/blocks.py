@@ -8,6 +8,7 @@ slicing, ``len``, child names, iteration outside of a forward - is the plain lis
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -229,11 +230,16 @@ class _InterceptedList(nn.ModuleList):
         return super().__getitem__(index)
 
 
+@functools.cache
+def _intercepted_class(original: type) -> type:
+    """One class per class of lists: compiled code is bound to it, and outlives a cache that is enabled anew."""
+    return type(original.__name__, (_InterceptedList, original), {"_cachedit_class": original})
+
+
 def intercept(blocks: nn.ModuleList, controller: Any, link: Link) -> None:
     """Hand out sites from this list object during forwards of ``controller``; other lists of its class stay as are."""
     if not isinstance(blocks, _InterceptedList):
-        original = type(blocks)
-        blocks.__class__ = type(original.__name__, (_InterceptedList, original), {"_cachedit_class": original})
+        blocks.__class__ = _intercepted_class(type(blocks))
         vars(blocks)["_cachedit_links"] = {}
         vars(blocks)["_cachedit_passes"] = []
     vars(blocks)["_cachedit_links"][controller] = link

@@ -212,10 +212,10 @@ def _leaves(value: Any) -> Iterator[torch.Tensor]:
 def _start_afresh_on_new_inputs(branch: Branch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Where the streams are not seen before the step is decided, the transformer's inputs tell whether they changed."""
     inputs = [StreamSpec.of(tensor) for tensor in _leaves((args, kwargs))]
-    if branch.inputs != inputs:
-        branch.inputs = inputs
+    if branch.inputs not in (None, inputs):
         for state in branch.states:
             state.release()
+    branch.inputs = inputs
 
 
 @functools.lru_cache(maxsize=1024)
