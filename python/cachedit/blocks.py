@@ -239,7 +239,7 @@ def _intercepted_class(original: type) -> type:
 def intercept(blocks: nn.ModuleList, controller: Any, link: Link) -> None:
     """Hand out sites from this list object during forwards of ``controller``; other lists of its class stay as are."""
     if not isinstance(blocks, _InterceptedList):
-        blocks.__class__ = _intercepted_class(type(blocks))
+        blocks.__class__ = _intercepted_class(type(blocks))  # type: ignore[arg-type]
         vars(blocks)["_cachedit_links"] = {}
         vars(blocks)["_cachedit_passes"] = []
     vars(blocks)["_cachedit_links"][controller] = link
