@@ -24,6 +24,7 @@ benchmark: setup
 	$(BIN)/python benchmarks/bench_ulysses.py --device cpu
 	$(BIN)/python benchmarks/bench_attention.py --device cpu
 	$(BIN)/python benchmarks/bench_engine.py
+	$(BIN)/python benchmarks/bench_compile.py
 
 setup: $(READY)
 

@@ -8,6 +8,7 @@ slicing, ``len``, child names, iteration outside of a forward - is the plain lis
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -197,12 +198,20 @@ class _InterceptedList(nn.ModuleList):
     """Mixed into the class of one list object; ``_cachedit_links`` maps the controllers to the list's place."""
 
     def __iter__(self) -> Iterator[Any]:
+        if torch.compiler.is_compiling():
+            return self._traced_sites()
         forward = current_run()
         link = None if forward is None else vars(self)["_cachedit_links"].get(forward.controller)
         if forward is None or link is None:
             return super().__iter__()
         run: Run = forward.sections[link.index]
         return run.sites(link, list(self._modules.values()))
+
+    def _traced_sites(self) -> Iterator[Any]:
+        for passes, link in vars(self)["_cachedit_passes"]:
+            if passes.run is not None:
+                return passes.run.sites(link, list(self._modules.values()))  # type: ignore[no-any-return]
+        return iter(list(self._modules.values()))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _InterceptedList:
         other = memo[id(self)] = type(self).__new__(type(self))
@@ -221,13 +230,20 @@ class _InterceptedList(nn.ModuleList):
         return super().__getitem__(index)
 
 
+@functools.cache
+def _intercepted_class(original: type) -> type:
+    """One class per class of lists: compiled code is bound to it, and outlives a cache that is enabled anew."""
+    return type(original.__name__, (_InterceptedList, original), {"_cachedit_class": original})
+
+
 def intercept(blocks: nn.ModuleList, controller: Any, link: Link) -> None:
     """Hand out sites from this list object during forwards of ``controller``; other lists of its class stay as are."""
     if not isinstance(blocks, _InterceptedList):
-        original = type(blocks)
-        blocks.__class__ = type(original.__name__, (_InterceptedList, original), {"_cachedit_class": original})
+        blocks.__class__ = _intercepted_class(type(blocks))  # type: ignore[arg-type]
         vars(blocks)["_cachedit_links"] = {}
+        vars(blocks)["_cachedit_passes"] = []
     vars(blocks)["_cachedit_links"][controller] = link
+    vars(blocks)["_cachedit_passes"].append((controller.passes, link))
 
 
 def release(blocks: nn.ModuleList, controller: Any) -> None:
@@ -235,8 +251,10 @@ def release(blocks: nn.ModuleList, controller: Any) -> None:
     if isinstance(blocks, _InterceptedList):
         links = vars(blocks)["_cachedit_links"]
         links.pop(controller, None)
+        passes = vars(blocks)["_cachedit_passes"]
+        passes[:] = [entry for entry in passes if entry[0].controller is not controller]
         if not links:
-            del vars(blocks)["_cachedit_links"]
+            del vars(blocks)["_cachedit_links"], vars(blocks)["_cachedit_passes"]
             blocks.__class__ = vars(type(blocks))["_cachedit_class"]
 
 

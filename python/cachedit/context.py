@@ -175,6 +175,21 @@ class SectionState(State):
             self.metric.keep(seen, computed)
         return decision, diff
 
+    def decide_unseen(self) -> Decision:
+        """Decide a step of a static mask, whose outcome depends on nothing that the step shows."""
+        if self.policy.refresh_due():
+            self.forget()
+        decision = self.policy.plan()
+        if decision is Decision.COMPUTE:
+            self.policy.stored = False
+        return decision
+
+    def weigh(self, diff: float | None) -> list[list[float]]:
+        """In place of :meth:`forecast`: return what the stored residuals weigh in it (:meth:`ResidualStore.weigh`)."""
+        weights = self.residuals.weigh(self.policy.step, len(self.residuals.rings))
+        self.policy.record(Decision.REUSE, diff)
+        return weights
+
     def forecast(self, streams: list[torch.Tensor], diff: float | None) -> list[torch.Tensor]:
         """Forecast the body's outputs from its inputs; of streams that it drops there is nothing to forecast."""
         out = self.residuals.forecast(self.policy.step, streams[: len(self.residuals.rings)])

@@ -7,8 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,6 +15,7 @@ from torch import nn
 from .adapter import TransformerPlan
 from .blocks import Link, Section, check_sizes, intercept, release, run_sections
 from .config import BasicCacheConfig
+from .forward import CachedForward, find_own_forward, forward_slots
 from .integrations.internals import CachedContextManager
 from .modifier import Settings
 from .parallel.apply import sequence_group
@@ -37,28 +37,13 @@ logger = logging.getLogger(__name__)
 _ATTRIBUTE = "_cachedit_controller"
 
 
-class CachedForward:
-    """Stands in for a transformer's ``forward``; carries its signature, which pipelines inspect."""
+class Step(NamedTuple):
+    """A forward that has begun."""
 
-    def __init__(self, controller: Controller, original: Any):
-        functools.update_wrapper(self, original)
-        self.controller = controller
-        self.original = original
-        self.uncompiled = _uncompiled_forward()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            # What changes from step to step must not be traced; blocks can be compiled by themselves.
-            return self.uncompiled(self.controller, self.original, args, kwargs)
-        return self.controller.forward(self.original, args, kwargs)
-
-
-@functools.cache
-def _uncompiled_forward() -> Any:
-    def forward(controller: Controller, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return controller.forward(original, args, kwargs)
-
-    return torch.compiler.disable(forward)  # imports dynamo: not before a cache is enabled
+    request: Request
+    outer: int | None
+    """For :meth:`Requests.leave`."""
+    branch: Branch
 
 
 class Controller:
@@ -238,8 +223,27 @@ class Controller:
 
     def forward(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the transformer's own forward with its block lists handing out sites."""
-        if not self.attached or self._wants_gradients():
+        if self.is_bypassed():
             return original(*args, **kwargs)
+        step = self.begin_step()
+        try:
+            if self.graphs is None:
+                output = self._run(original, step.branch, args, kwargs)
+            else:
+                eagerly = functools.partial(self._run, original, step.branch, args, kwargs)
+                output = self.graphs.forward(original, step.branch, args, kwargs, eagerly)
+        except BaseException:
+            self.abandon_step(step)
+            raise
+        self.end_step(step)
+        return output
+
+    def is_bypassed(self) -> bool:
+        """Whether the transformer runs as if there were no cache."""
+        return not self.attached or self._wants_gradients()
+
+    def begin_step(self) -> Step:
+        """A forward begins: find its request and branch. :meth:`end_step` or :meth:`abandon_step` has to follow."""
         scope = self.scope
         steps = self._steps(scope)
         request, outer = self.requests.enter(scope.key, steps)
@@ -248,20 +252,23 @@ class Controller:
             branch = request.branch(self.branch_name(request.turn), self.sections, steps)
             if request.calls == 0:
                 self._warn_if_masks_are_unresolved(request)
-            if self.graphs is None:
-                output = self._run(original, branch, args, kwargs)
-            else:
-                eagerly = functools.partial(self._run, original, branch, args, kwargs)
-                output = self.graphs.forward(original, branch, args, kwargs, eagerly)
-            request.calls += 1
         except BaseException:
-            request.begin(request.total_steps)  # nobody goes on after that: the next forward begins anew
-            raise
-        finally:
+            request.begin(request.total_steps)
             self.requests.leave(request, outer)
-        if branch.step == request.total_steps and not self.warned_about_idling:
-            self._warn_if_idle(branch)
-        return output
+            raise
+        return Step(request, outer, branch)
+
+    def end_step(self, step: Step) -> None:
+        """The forward has ended."""
+        step.request.calls += 1
+        self.requests.leave(step.request, step.outer)
+        if step.branch.step == step.request.total_steps and not self.warned_about_idling:
+            self._warn_if_idle(step.branch)
+
+    def abandon_step(self, step: Step) -> None:
+        """The forward has raised. Nobody goes on after that: the next one begins a request."""
+        step.request.begin(step.request.total_steps)
+        self.requests.leave(step.request, step.outer)
 
     def _run(self, original: Any, branch: Branch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         runs = branch.runs()
@@ -336,9 +343,11 @@ class Controller:
         if self.patch_functor is not None and not is_patched(module):  # else the user has patched it, and keeps it so
             self.patch_functor.apply(module)
             self.patched = True
-        holder, name = _find_own_forward(module)
+        holder, name = find_own_forward(module)
         self._had_forward = name in vars(holder)
-        _put(holder, name, CachedForward(self, getattr(holder, name)))
+        forward = CachedForward(self, getattr(holder, name))
+        self.passes = forward.passes
+        _put(holder, name, forward)
         for blocks, link in self.lists:
             intercept(blocks, self, link)
         if self.tap is not None:
@@ -356,7 +365,7 @@ class Controller:
             self.tap.detach()
         self.attached = False
         module = self.transformer
-        for holder, name in _forward_slots(module):
+        for holder, name in forward_slots(module):
             value = vars(holder).get(name)
             if isinstance(value, CachedForward) and value.controller is self:
                 if holder is module and name == "forward" and not self._had_forward:
@@ -384,22 +393,3 @@ def controller_of(module: Any) -> Controller | None:
 
 def _put(holder: Any, name: str, value: Any) -> None:
     vars(holder)[name] = value
-
-
-def _forward_slots(module: nn.Module) -> Iterator[tuple[Any, str]]:
-    """Where a module's own forward may be kept: accelerate and diffusers hooks replace ``module.forward``."""
-    if "_old_forward" in vars(module):  # accelerate
-        yield module, "_old_forward"
-    for reference in getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", ()):
-        yield reference, "original_forward"
-        yield reference, "forward"
-    yield module, "forward"
-
-
-def _find_own_forward(module: nn.Module) -> tuple[Any, str]:
-    """The slot that holds the module's own forward: inside of all hooks, so that they keep working in any order."""
-    for holder, name in _forward_slots(module):
-        value = getattr(holder, name)
-        if isinstance(value, MethodType) and value.__self__ is module and value.__func__ is type(module).forward:
-            return holder, name
-    return module, "forward"

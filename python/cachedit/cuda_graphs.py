@@ -89,7 +89,7 @@ class _CapturedRun(SectionRun):
 
     def forecast(self, streams: list[torch.Tensor]) -> list[torch.Tensor]:
         residuals = self.state.residuals
-        return residuals.weigh(self.buffers.weights, streams[: len(residuals.rings)])
+        return residuals.forecast_by(self.buffers.weights, streams[: len(residuals.rings)])
 
     def store(self, outputs: list[torch.Tensor]) -> None:
         self.state.residuals.write(self.buffers.slot, self.inputs, outputs)

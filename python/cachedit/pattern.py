@@ -116,6 +116,20 @@ class BlockSignature:
             return args[self.encoder_index]
         return kwargs.get(self.encoder_name)
 
+    def replace(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: torch.Tensor, encoder: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call with other streams; an encoder that is no tensor stays as it is."""
+        given = {self.hidden_name: (self.hidden_index, hidden)}
+        if isinstance(encoder, torch.Tensor) and not self.pattern.Forward_H_only:
+            given[self.encoder_name] = self.encoder_index, encoder
+        for name, (index, stream) in given.items():
+            if index < len(args):
+                args = (*args[:index], stream, *args[index + 1 :])
+            else:
+                kwargs = {**kwargs, name: stream}
+        return args, kwargs
+
 
 def check_outputs(block: nn.Module, pattern: ForwardPattern) -> None:
     """Raise a ValueError if a block's ``forward`` is annotated as returning another number of tensors.

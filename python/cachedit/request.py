@@ -44,6 +44,7 @@ class Branch:
     def __init__(self, name: str, sections: list[Section], total_steps: int | None):
         self.name = name
         self.sections = sections
+        self.inputs: Any = None  # what the transformer's inputs are like, where a step is decided by that alone
         self.states: list[State] = [_new_state(section) for section in sections]
         self.begin(total_steps)
 

@@ -88,27 +88,32 @@ class ResidualStore:
 
     def forecast(self, step: int, streams: list[torch.Tensor]) -> list[torch.Tensor]:
         """Forecast the outputs of a reused step from its inputs: ``streams + sum_k weights[k] * rings[k]``."""
-        fitter, plain = self.fitter, self.plain[: len(streams)]
+        weights = self.weigh(step, len(streams))
+        if len(weights) == 1:
+            return kernels.residual_forecast(streams, self.rings, weights[0], self.base(0), self.scales)
+        return [
+            kernels.residual_forecast([stream], [ring], row, self.base(i), self._scales_of([i]))[0]
+            for i, (stream, ring, row) in enumerate(zip(streams, self.rings, weights, strict=True))
+        ]
+
+    def weigh(self, step: int, streams: int) -> list[list[float]]:
+        """Return the weights of a forecast by slot: one row per stream, or one for all where they do not differ."""
+        fitter, plain = self.fitter, self.plain[:streams]
         if fitter is not None and fitter.window(self.steps) > 0:
             weights = self._fitted(fitter, step, plain)
         else:
             common = self.forecaster.weights(self.steps, step)
             if plain[0] == plain[-1]:
-                return kernels.residual_forecast(
-                    streams, self.rings, self._slot_weights(common, plain[0]), self.base(0), self.scales
-                )
-            weights = [common] * len(streams)
-        return [
-            kernels.residual_forecast([stream], [ring], self._slot_weights(w, p), self.base(i), self._scales_of([i]))[0]
-            for i, (stream, ring, w, p) in enumerate(zip(streams, self.rings, weights, plain, strict=True))
-        ]
+                return [self._slot_weights(common, plain[0])]
+            weights = [common] * streams
+        return [self._slot_weights(row, p) for row, p in zip(weights, plain, strict=True)]
 
     def weights(self, step: int) -> list[list[float]]:
         """By slot: the weights of a forecast that is not fitted, and of the last residual as it is."""
         common = self.forecaster.weights(self.steps, step)
         return [self._slot_weights(common, False), self._slot_weights(common, True)]
 
-    def weigh(self, weights: torch.Tensor, streams: list[torch.Tensor]) -> list[torch.Tensor]:
+    def forecast_by(self, weights: torch.Tensor, streams: list[torch.Tensor]) -> list[torch.Tensor]:
         """What :meth:`forecast` does with the buffers, given :meth:`weights` as a float32 tensor ``[2, K]``."""
         plain = self.plain[: len(streams)]
         if plain[0] == plain[-1]:

@@ -30,5 +30,17 @@ def test_benchmarks_add_rows_to_one_history(tmp_path: Path) -> None:
         assert all(float(row[column]) > 0 for column in ("ours_ms", "eager_ms", "copy_ms", "ours_gbps"))
 
 
+def test_compile_benchmark_runs(tmp_path: Path) -> None:
+    history = tmp_path / "compile.csv"
+    command = [sys.executable, ROOT / "benchmarks" / "bench_compile.py", "--csv", history]
+    command += ["--steps", "4", "--batch", "1", "--rounds", "1", "--backend", "eager"]
+    subprocess.run(command, check=True, capture_output=True)
+    with history.open() as file:
+        rows = {(row["cache"], row["compiled"]): row for row in csv.DictReader(file)}
+    ours = rows["cachedit", "True"]
+    assert (ours["graphs"], ours["breaks"]) == ("2", "0")
+    assert all(float(row["seconds"]) > 0 for row in rows.values())
+
+
 def test_gpu_check_is_valid_shell() -> None:
     subprocess.run(["bash", "-n", ROOT / "benchmarks" / "gpu_check.sh"], check=True)

@@ -445,29 +445,6 @@ class TestEnabling:
             cachedit.enable_cache(nn.Linear(2, 2))
 
 
-class TestCompiled:
-    """Blocks compile by themselves; the cache's own Python is not traced."""
-
-    def outputs(self, model, run):
-        cachedit.enable_cache(model, reusing(num_inference_steps=5), TaylorSeerCalibratorConfig())
-        with torch.no_grad():
-            return [run(**flux_inputs(step, 5)).sample for step in range(5)]
-
-    @pytest.mark.parametrize("how", ["whole, then enabled", "enabled, then whole", "blocks"])
-    def test_equals_eager(self, how):
-        torch.compiler.reset()
-        model = tiny_flux(2, 2)
-        expected = self.outputs(model, model)
-        if how != "enabled, then whole":
-            cachedit.disable_cache(model)
-        if how == "blocks":
-            model.compile_repeated_blocks(backend="eager")
-        run = model if how == "blocks" else torch.compile(model, backend="eager")
-        for ours, theirs in zip(self.outputs(model, run), expected, strict=True):
-            torch.testing.assert_close(ours, theirs)
-        assert reused(model) == [[2, 3, 4]]
-
-
 def test_kernels_package_hands_out_the_engine():
     import cachedit_kernels
 

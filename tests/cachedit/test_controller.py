@@ -12,7 +12,7 @@ from diffusers.hooks import ModelHook as DiffusersHook
 
 import cachedit
 from cachedit import DBCacheConfig, TaylorSeerCalibratorConfig
-from cachedit.controller import CachedForward
+from cachedit.forward import CachedForward
 from toys import flux_inputs, tiny_flux
 
 CONFIG = DBCacheConfig(
