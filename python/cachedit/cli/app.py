@@ -57,3 +57,11 @@ def models(
         command.run(filter)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--filter") from error
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []})
+def metrics(context: typer.Context) -> None:
+    """Compare pictures and videos with a baseline or with prompts: PSNR, SSIM, MSE, LPIPS, FID, CLIP, ImageReward."""
+    from . import metrics as command
+
+    raise typer.Exit(command.run(context.args))
