@@ -1,7 +1,10 @@
 """PSNR, SSIM and MSE: the values of scikit-image, over arrays, files, folders and videos."""
 
+import importlib
 import logging
 import math
+import sys
+import types
 
 import numpy
 import pytest
@@ -54,6 +57,20 @@ def test_equal_pictures(tmp_path):
     true, test = save(tmp_path / "true", TRUE), save(tmp_path / "test", numpy.stack([TRUE[0], *TEST[1:]]))
     others = [peak_signal_noise_ratio(TRUE[i], TEST[i]) for i in (1, 2)]
     assert metrics.compute_psnr(true, test) == (pytest.approx(sum(others) / 2, rel=1e-4), 3)
+
+
+def test_large_differences(monkeypatch):
+    """cache_dit squares them as uint8 by default; on small ones, and by scikit-image, it says the same."""
+    pytest.importorskip("cache_dit")
+    for name in ("cv2", "lpips"):  # which it imports, and does not use for arrays
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    theirs = importlib.import_module("cache_dit.metrics.metrics")
+    small, large = TEST[0], numpy.clip(TRUE[0].astype(int) + 4 * (TEST[0].astype(int) - TRUE[0]), 0, 255)
+    assert metrics.compute_psnr(TRUE[0], small)[0] == pytest.approx(theirs.compute_psnr(TRUE[0], small)[0], rel=1e-4)
+    value = metrics.compute_psnr(TRUE[0], large.astype(numpy.uint8))[0]
+    assert value < theirs.compute_psnr(TRUE[0], large.astype(numpy.uint8))[0] - 1
+    monkeypatch.setattr(theirs, "PSNR_TYPE", "skimage")
+    assert value == pytest.approx(theirs.compute_psnr(TRUE[0], large.astype(numpy.uint8))[0], rel=1e-4)
 
 
 def frames(path):
