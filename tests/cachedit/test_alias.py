@@ -80,7 +80,6 @@ def test_a_function_and_a_module_of_one_name(installed):
             "cachedit.quantize is not available in this version yet: qu",
         ),
         ("import cache_dit; cache_dit.load", ImportError, "cachedit.load is not available in this version yet"),
-        ("from cache_dit.metrics import compute_fid", ImportError, "metrics.compute_fid is not available in this ver"),
         ("from cache_dit import enable_cash", ImportError, "cannot import name 'enable_cash' from 'cache_dit'"),
         ("import cache_dit; cache_dit.config", AttributeError, "module 'cachedit' has no attribute 'config'"),
         ("from cache_dit.platforms import CudaPlatform", ImportError, "cannot import name 'CudaPlatform'"),
