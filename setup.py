@@ -1,6 +1,7 @@
 """Packaging. What is compiled, and how, is in CMakeLists.txt; this file only calls CMake and names the result.
 
-Without a C++ compiler (or CMake) the package is built in pure Python and says so.
+Without a C++ compiler (or CMake) the package is built in pure Python and says so. CUDA kernels are built where nvcc is
+found; the environment variable CACHEDIT_CUDA=ON makes it an error to have none, CACHEDIT_CUDA=OFF leaves them out.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class CMakeBuild(build_ext):
             f"-B{build}",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DCACHEDIT_CUDA={os.environ.get('CACHEDIT_CUDA', 'AUTO')}",
         ]
         if ninja := shutil.which("ninja"):  # named each time: an isolated build's ninja is gone the next time
             configure += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]

@@ -66,11 +66,12 @@ void boxed_residual_push(StableIValue* stack, uint64_t, uint64_t) {
   check_writable(op, ring);
   int64_t slot;
   if constexpr (kTensorSlot) {
-    slot = checked_slot(op, slot_tensor, {"before", before}, ring);
+    check_slot(op, slot_tensor, {"before", before});
+    slot = integer_value(slot_tensor);
   } else {
     slot = torch::stable::detail::to<int64_t>(stack[3]);
-    check_slot(op, slot, ring);
   }
+  check_slot(op, slot, ring);
   check_aliases(op, {{"before", before}, {"after", after}}, ring);
 
   std::vector<PushStream> streams;
