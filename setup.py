@@ -14,9 +14,13 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import elf  # noqa: E402
 
 
 def missing_for_cpp() -> str | None:
@@ -61,6 +65,17 @@ class CMakeBuild(build_ext):
         os.replace(new, target)
 
 
+class TaggedWheel(bdist_wheel):
+    """Names the wheel by the glibc that the library in it needs, rather than by the machine that builds."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, platform = super().get_tag()
+        library = Path(self.bdist_dir or "", "cachedit_kernels", "_C.so")
+        if platform.startswith("linux") and library.exists():
+            platform = elf.platform_tag(elf.read(library))
+        return python, abi, platform
+
+
 reason = missing_for_cpp()
 if reason and {"bdist_wheel", "editable_wheel", "build", "build_ext", "install"} & set(sys.argv):
     print(f"cachedit-kernels: building without the C++ operators: {reason}", file=sys.stderr)
@@ -79,7 +94,7 @@ setup(
     include_package_data=False,
     # py_limited_api names the wheel cp310-abi3: the library does not depend on the Python version at all.
     ext_modules=[] if reason else [Extension("cachedit_kernels._C", sources=[], py_limited_api=True)],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": TaggedWheel},
     options={} if reason else {"bdist_wheel": {"py_limited_api": "cp310"}},
     zip_safe=False,
 )
