@@ -78,6 +78,8 @@ if wants operators; then
     done
     for operator in ulysses attention; do
         step "$operator benchmark" "$python" "benchmarks/bench_$operator.py" --device cuda --csv "$exchange"
+        CACHEDIT_KERNELS_BACKEND=cuda step "$operator benchmark, CUDA C++" "$python" "benchmarks/bench_$operator.py" \
+            --device cuda --csv "${exchange%.csv}-cuda.csv"
     done
 fi
 

@@ -53,6 +53,9 @@ CUDA_DEFAULTS = {
     "l1": "triton",
     "residual_push": "triton",
     "residual_forecast": "triton",
+    "merge_attention": "triton",
+    "ulysses_pack": "triton",
+    "ulysses_unpack": "triton",
 }
 
 

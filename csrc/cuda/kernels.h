@@ -80,6 +80,55 @@ struct Forecast {
   int64_t weights_slot_stride;
 };
 
+// A tensor [B, L, H(, D)] whose last dimension's elements are neighbours; strides in elements.
+struct Attention {
+  void* data;
+  int64_t strides[3];
+};
+
+// merged = w * out + w2 * out2 with w : w2 = exp(lse) : exp(lse2), and merged_lse = log(exp(lse) + exp(lse2)). What would
+// be multiplied by zero is not read.
+struct Merge {
+  DType dtype;   // of out and merged
+  DType dtype2;  // of out2; the same, or dtype is float32
+  int64_t batch, length, heads, head_dim;
+  Attention out, lse, out2, lse2;
+  void* merged;       // contiguous
+  float* merged_lse;  // contiguous
+};
+
+constexpr int kMaxPeers = 64;
+constexpr int kMaxTensors = 4;
+
+// What goes to, or comes from, one peer: see cpu/ulysses_layout.h.
+struct Peer {
+  int64_t start;  // along the dimension that is cut
+  int64_t size;
+  int64_t rows;   // tokens and heads
+  int64_t offset;  // in bytes from the buffer's start, a multiple of 16
+};
+
+struct Exchanged {
+  Attention tensor;  // source of packing, contiguous target of unpacking
+  float* scales;     // of unpacking, [B, L, H]: not null where the tensor stays quantised
+  bool float8;
+  int index;  // among the tensors that travel like it
+};
+
+// Tensors [batch, length, heads, head_dim] of one shape, cut along dimension 1 (sequence) or 2 (heads), and a buffer of
+// a block per peer. A launch takes up to kMaxTensors of the call's tensors and kMaxPeers of its peers.
+struct Exchange {
+  DType dtype;
+  int64_t batch, length, heads, head_dim;
+  int dim;
+  int tensors;
+  Exchanged tensor[kMaxTensors];
+  int quantised, plain;  // how many there are in the whole call
+  int peers;
+  Peer peer[kMaxPeers];
+  char* buffer;  // aligned to 16 bytes
+};
+
 }  // namespace cuda
 }  // namespace cachedit
 
@@ -90,6 +139,9 @@ const char* cachedit_cuda_residual_l1(const cachedit::cuda::Sums* sums, void* st
 const char* cachedit_cuda_l1(const cachedit::cuda::Sums* sums, void* stream);
 const char* cachedit_cuda_residual_push(const cachedit::cuda::Push* push, void* stream);
 const char* cachedit_cuda_residual_forecast(const cachedit::cuda::Forecast* forecast, void* stream);
+const char* cachedit_cuda_merge_attention(const cachedit::cuda::Merge* merge, void* stream);
+const char* cachedit_cuda_ulysses_pack(const cachedit::cuda::Exchange* exchange, void* stream);
+const char* cachedit_cuda_ulysses_unpack(const cachedit::cuda::Exchange* exchange, void* stream);
 
 // For the tickets: whether the stream is being captured, and zeros written in its order.
 const char* cachedit_cuda_is_capturing(void* stream, bool* capturing);

@@ -1,8 +1,10 @@
 // The operators as torch calls them with CUDA tensors: takes over the arguments, checks them, launches the kernels.
 // None is registered by loading the library: Python chooses which (cachedit_kernels/_backend.py).
+#include <algorithm>
 #include <cstring>
 
 #include "checks.h"
+#include "cpu/ulysses_layout.h"
 #include "cuda/device.h"
 #include "cuda/views.h"
 
@@ -169,6 +171,138 @@ void boxed_residual_forecast(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = give(std::move(out));
 }
 
+// [B, L, H(, D)] as it lies where elements of D are neighbours, else a copy; strides that are never used are zero.
+Attention attention(const Tensor& tensor, Tensors* held) {
+  const bool adjacent = tensor.dim < 4 || tensor.sizes[3] == 1 || tensor.strides[3] == 1;
+  const Layout layout = whole(adjacent ? tensor : contiguous_copy(tensor, held));
+  Attention found{layout.data, {}};
+  for (int d = 0; d < 3; ++d) found.strides[d] = layout.sizes[d] > 1 ? layout.strides[d] : 0;
+  return found;
+}
+
+// merge_attention(Tensor out, Tensor lse, Tensor out2, Tensor lse2) -> (Tensor, Tensor)
+void boxed_merge_attention(StableIValue* stack, uint64_t, uint64_t) {
+  const char* op = "merge_attention";
+  const Tensor out = take_tensor(stack[0]), lse = take_tensor(stack[1]);
+  const Tensor out2 = take_tensor(stack[2]), lse2 = take_tensor(stack[3]);
+  check_merge(op, out, lse, out2, lse2);
+  const OnDevice device(out);
+  Tensor merged = Tensor::empty(out.sizes, out.dim, out.dtype, &out);
+  Tensor merged_lse = Tensor::empty(lse.sizes, lse.dim, lse.dtype, &lse);
+  if (lse.numel > 0) {
+    Tensors held;
+    held.reserve(2);
+    const Merge call{kernel_dtype(out.dtype),
+                     kernel_dtype(out2.dtype),
+                     out.sizes[0],
+                     out.sizes[1],
+                     out.sizes[2],
+                     out.sizes[3],
+                     attention(out, &held),
+                     attention(lse, &held),
+                     attention(out2, &held),
+                     attention(lse2, &held),
+                     merged.mutable_data(),
+                     static_cast<float*>(merged_lse.mutable_data())};
+    check_launch(op, cachedit_cuda_merge_attention(&call, device.stream()));
+  }
+  stack[0] = give(std::move(merged));
+  stack[1] = give(std::move(merged_lse));
+}
+
+using LaunchExchange = const char* (*)(const Exchange*, void*);
+
+// All of a call's tensors and peers, a few at a time.
+void launch_exchange(const char* op, const UlyssesLayout& layout, DType dtype, const std::vector<Exchanged>& tensors,
+                     char* buffer, LaunchExchange launch, void* stream) {
+  Exchange call{};
+  call.dtype = dtype;
+  call.batch = layout.batch;
+  call.length = layout.length;
+  call.heads = layout.heads;
+  call.head_dim = layout.head_dim;
+  call.dim = static_cast<int>(layout.dim);
+  call.buffer = buffer;
+  for (const Exchanged& each : tensors) ++(each.float8 ? call.quantised : call.plain);
+  for (size_t t = 0; t < tensors.size(); t += call.tensors) {
+    call.tensors = static_cast<int>(std::min<size_t>(tensors.size() - t, kMaxTensors));
+    std::copy_n(tensors.begin() + t, call.tensors, call.tensor);
+    for (size_t p = 0; p < layout.blocks.size(); p += call.peers) {
+      call.peers = static_cast<int>(std::min<size_t>(layout.blocks.size() - p, kMaxPeers));
+      for (int i = 0; i < call.peers; ++i) {
+        const UlyssesLayout::Block& block = layout.blocks[p + i];
+        call.peer[i] = {block.start, block.size, block.rows, block.offset};
+      }
+      check_launch(op, launch(&call, stream));
+    }
+  }
+}
+
+// Tensors that travel alike are numbered from zero.
+int number(const std::vector<Exchanged>& tensors, bool float8) {
+  return static_cast<int>(
+      std::count_if(tensors.begin(), tensors.end(), [&](const Exchanged& each) { return each.float8 == float8; }));
+}
+
+// ulysses_pack(Tensor[] tensors, SymInt[] splits, int scatter_dim, bool[] float8) -> Tensor
+void boxed_ulysses_pack(StableIValue* stack, uint64_t, uint64_t) {
+  const char* op = "ulysses_pack";
+  const Tensors tensors = take_tensors(stack[0]);
+  const auto splits = torch::stable::detail::to<std::vector<int64_t>>(stack[1]);
+  const int64_t dim = torch::stable::detail::to<int64_t>(stack[2]);
+  const auto float8 = torch::stable::detail::to<std::vector<bool>>(stack[3]);
+  check_pack(op, tensors, splits, dim, float8.size());
+  const Tensor& like = tensors[0];
+  const UlyssesLayout layout({like.sizes, like.sizes + 4}, splits, dim, like.element_size(), float8);
+  const OnDevice device(like);
+  Tensor buffer = Tensor::empty(&layout.bytes, 1, aoti_torch_dtype_uint8(), &like);
+  if (layout.bytes > 0) {
+    Tensors held;
+    std::vector<Exchanged> sources;
+    for (size_t t = 0; t < tensors.size(); ++t) {
+      sources.push_back({attention(tensors[t], &held), nullptr, float8[t], number(sources, float8[t])});
+    }
+    launch_exchange(op, layout, kernel_dtype(like.dtype), sources, static_cast<char*>(buffer.mutable_data()),
+                    cachedit_cuda_ulysses_pack, device.stream());
+  }
+  stack[0] = give(std::move(buffer));
+}
+
+// ulysses_unpack(Tensor buffer, SymInt[] shape, SymInt[] splits, int gather_dim, ScalarType dtype, bool[] float8,
+//                bool dequantize) -> Tensor[]
+void boxed_ulysses_unpack(StableIValue* stack, uint64_t, uint64_t) {
+  const char* op = "ulysses_unpack";
+  const Tensor buffer = take_tensor(stack[0]);
+  const auto shape = torch::stable::detail::to<std::vector<int64_t>>(stack[1]);
+  const auto splits = torch::stable::detail::to<std::vector<int64_t>>(stack[2]);
+  const int64_t dim = torch::stable::detail::to<int64_t>(stack[3]);
+  const int32_t dtype = torch::stable::detail::to<int32_t>(stack[4]);  // in torch's numbers
+  const auto float8 = torch::stable::detail::to<std::vector<bool>>(stack[5]);
+  const bool dequantize = torch::stable::detail::to<bool>(stack[6]);
+  check_buffer(op, buffer, shape, splits, dim, dtype);
+  const UlyssesLayout layout(shape, splits, dim, aoti_torch_dtype_element_size(dtype), float8);
+  check_buffer_bytes(op, buffer, layout.bytes);
+  const OnDevice device(buffer);
+  Tensors results, held;
+  std::vector<Exchanged> targets;
+  for (bool quantised : float8) {
+    const bool stays = quantised && !dequantize;
+    results.push_back(Tensor::empty(shape.data(), 4, stays ? aoti_torch_dtype_float8_e4m3fn() : dtype, &buffer));
+    targets.push_back({{results.back().mutable_data(), {}}, nullptr, quantised, number(targets, quantised)});
+    if (stays) {
+      results.push_back(Tensor::empty(shape.data(), 3, float32_dtype(), &buffer));
+      targets.back().scales = static_cast<float*>(results.back().mutable_data());
+    }
+  }
+  if (layout.bytes > 0) {
+    const bool aligned = reinterpret_cast<uintptr_t>(buffer.data()) % kAlignment == 0;
+    const Tensor& source = aligned ? buffer : contiguous_copy(buffer, &held);
+    launch_exchange(op, layout, kernel_dtype(dtype), targets, static_cast<char*>(const_cast<void*>(source.data())),
+                    cachedit_cuda_ulysses_unpack, device.stream());
+  }
+  stack[0] = give(std::move(results));
+}
+
 constexpr struct {
   const char* overload;
   void (*function)(StableIValue*, uint64_t, uint64_t);
@@ -179,6 +313,9 @@ constexpr struct {
     {"residual_push.int", boxed_residual_push<false>},
     {"residual_forecast", boxed_residual_forecast<true>},
     {"residual_forecast.floats", boxed_residual_forecast<false>},
+    {"merge_attention", boxed_merge_attention},
+    {"ulysses_pack", boxed_ulysses_pack},
+    {"ulysses_unpack", boxed_ulysses_unpack},
 };
 
 }  // namespace

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 ARCHITECTURES = ("sm_89", "sm_90a")
-KERNELS = ("sums_kernel", "push_kernel", "forecast_kernel")
+KERNELS = ("sums_kernel", "push_kernel", "forecast_kernel", "merge_kernel", "exchange_kernel")
 
 pytestmark = [
     pytest.mark.slow,

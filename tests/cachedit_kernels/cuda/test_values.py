@@ -18,8 +18,10 @@ from torch import Tensor
 import cachedit_kernels as ck
 import cuda_kernels
 from cachedit_kernels import _backend
+from cachedit_kernels.attention import reference as attention_reference
 from cachedit_kernels.forecast import reference as forecast_reference
 from cachedit_kernels.residual import reference as residual_reference
+from cachedit_kernels.ulysses import reference as ulysses_reference
 from operands import DTYPES, make
 
 FORCED = os.environ.get(_backend.VARIABLE) == "cuda"
@@ -32,9 +34,10 @@ SHAPES = [(), (1,), (3,), (2, 33, 24), (1, 2, 3, 5, 7), (3, 257, 41), (0,), (2, 
 # Tests of what the operators promise on CPU alone: the bits of sums, and sums of millions of terms (exact enough where
 # more than two multiprocessors share them).
 OF_THE_CPU = "sums_per_sample or layout_does_not_change or long_sum"
-OPERATORS = ("residual", "forecast")
+OPERATORS = ("residual", "forecast", "attention", "ulysses")
 
 
+@pytest.mark.slow
 def test_on_the_host(tmp_path: Path) -> None:
     """This module, and what every implementation of the operators must pass, on the CPU."""
     if cuda_kernels.LIBRARY is not None or FORCED:
@@ -214,3 +217,38 @@ def test_a_captured_graph_replays_beside_eager_launches() -> None:
         eager = ck.residual_l1([x], [y], [a])
         torch.cuda.synchronize()
         assert torch.equal(captured, expected) and torch.equal(eager, expected)
+
+
+@running
+@pytest.mark.parametrize("head_dim", [64, 128, 72, 1000])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32,) * 2, (torch.float32, torch.bfloat16), (torch.float16,) * 2], ids=str
+)
+def test_attention_is_merged(dtypes: tuple[torch.dtype, torch.dtype], head_dim: int) -> None:
+    out, out2 = (random((2, 21, 3, head_dim), dtype, seed, "token slice") for seed, dtype in enumerate(dtypes))
+    lse, lse2 = (5 * random((2, 21, 3), torch.float32, 2 + seed, "transposed") for seed in range(2))
+    lse[0, :7], lse2[0, 3:9] = -math.inf, -math.inf
+    out[0, :7], out2[0, 3:9] = math.nan, math.nan  # not read
+    got = ck.merge_attention(out, lse, out2, lse2)
+    for mine, right in zip(got, attention_reference.merge_attention(out, lse, out2, lse2)):
+        assert mine.is_contiguous() and mine.dtype == right.dtype
+        torch.testing.assert_close(mine, right)
+
+
+@running
+@for_each_dtype
+@pytest.mark.parametrize("head_dim", [64, 128, 40, 7])
+@pytest.mark.parametrize("dim", [1, 2])
+def test_exchanges_have_the_bits_of_the_reference(dtype: torch.dtype, head_dim: int, dim: int) -> None:
+    shape, splits = (2, 19, 5, head_dim), {1: [9, 0, 10], 2: [2, 2, 1]}[dim]
+    tensors = [random(shape, dtype, seed, "token slice") for seed in range(6)]  # more than one launch takes
+    tensors[0][0, 0, 0] = 0.0
+    tensors[1][1] *= 300.0
+    float8 = [True, False, True, True, False, True]
+    buffer = ck.ulysses_pack(tensors, splits, dim, float8)
+    assert torch.equal(buffer, ulysses_reference.ulysses_pack(tensors, splits, dim, float8))
+    for dequantize in (True, False):
+        arguments = (buffer, shape, splits, dim, dtype, float8, dequantize)
+        got = torch.ops.cachedit.ulysses_unpack(*arguments)
+        for mine, right in zip(got, ulysses_reference.ulysses_unpack(*arguments)):
+            assert mine.dtype == right.dtype and torch.equal(mine.float(), right.float())

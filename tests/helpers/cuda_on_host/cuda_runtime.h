@@ -136,6 +136,12 @@ inline float __shfl_down_sync(unsigned, float x, int distance) {
 }
 inline float __shfl_xor_sync(unsigned, float x, int mask) { return exchange(x, threadIdx.x ^ mask); }
 
+inline unsigned __float_as_uint(float x) {
+  unsigned bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
 inline unsigned atomicInc(unsigned* address, unsigned end) {
   const unsigned old = *address;
   *address = old >= end ? 0 : old + 1;
