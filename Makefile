@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint setup benchmark clean
+.PHONY: demo test lint setup benchmark wheel clean
 
 demo: setup
 	$(BIN)/cachedit demo --out demo
@@ -26,6 +26,12 @@ benchmark: setup
 	$(BIN)/python benchmarks/bench_engine.py
 	$(BIN)/python benchmarks/bench_compile.py
 
+# The wheel, in dist/, and what is in it. Without nvcc it is a wheel for CPUs, which the check says and refuses.
+wheel: setup
+	rm -rf dist
+	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
+	$(BIN)/python tools/check_wheel.py dist/*.whl
+
 setup: $(READY)
 
 # torch is pinned: a newer one brings several GB of CUDA packages to machines that need none of them.
@@ -36,4 +42,4 @@ $(READY): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build demo *.egg-info cachedit_kernels/*.so
+	rm -rf $(VENV) build dist demo *.egg-info cachedit_kernels/*.so

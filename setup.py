@@ -1,6 +1,7 @@
 """Packaging. What is compiled, and how, is in CMakeLists.txt; this file only calls CMake and names the result.
 
-Without a C++ compiler (or CMake) the package is built in pure Python and says so.
+Without a C++ compiler (or CMake) the package is built in pure Python and says so. CUDA kernels are built where nvcc is
+found; the environment variable CACHEDIT_CUDA=ON makes it an error to have none, CACHEDIT_CUDA=OFF leaves them out.
 """
 
 from __future__ import annotations
@@ -13,9 +14,13 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import elf  # noqa: E402
 
 
 def missing_for_cpp() -> str | None:
@@ -47,6 +52,7 @@ class CMakeBuild(build_ext):
             f"-B{build}",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DCACHEDIT_CUDA={os.environ.get('CACHEDIT_CUDA', 'AUTO')}",
         ]
         if ninja := shutil.which("ninja"):  # named each time: an isolated build's ninja is gone the next time
             configure += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
@@ -57,6 +63,17 @@ class CMakeBuild(build_ext):
         new = target.with_suffix(".new")
         shutil.copyfile(build / "_C.so", new)
         os.replace(new, target)
+
+
+class TaggedWheel(bdist_wheel):
+    """Names the wheel by the glibc that the library in it needs, rather than by the machine that builds."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, platform = super().get_tag()
+        library = Path(self.bdist_dir or "", "cachedit_kernels", "_C.so")
+        if platform.startswith("linux") and library.exists():
+            platform = elf.platform_tag(elf.read(library))
+        return python, abi, platform
 
 
 reason = missing_for_cpp()
@@ -77,7 +94,7 @@ setup(
     include_package_data=False,
     # py_limited_api names the wheel cp310-abi3: the library does not depend on the Python version at all.
     ext_modules=[] if reason else [Extension("cachedit_kernels._C", sources=[], py_limited_api=True)],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": TaggedWheel},
     options={} if reason else {"bdist_wheel": {"py_limited_api": "cp310"}},
     zip_safe=False,
 )

@@ -73,9 +73,13 @@ fi
 if wants operators; then
     for operator in residual forecast; do
         step "$operator benchmark" "$python" "benchmarks/bench_$operator.py" --device cuda --mb 1 16 64 256 --csv "$csv"
+        CACHEDIT_KERNELS_BACKEND=cuda step "$operator benchmark, CUDA C++" "$python" "benchmarks/bench_$operator.py" \
+            --device cuda --mb 1 16 64 256 --csv "${csv%.csv}-cuda.csv"
     done
     for operator in ulysses attention; do
         step "$operator benchmark" "$python" "benchmarks/bench_$operator.py" --device cuda --csv "$exchange"
+        CACHEDIT_KERNELS_BACKEND=cuda step "$operator benchmark, CUDA C++" "$python" "benchmarks/bench_$operator.py" \
+            --device cuda --csv "${exchange%.csv}-cuda.csv"
     done
 fi
 

@@ -1,7 +1,8 @@
 """Which implementation serves each operator on each device, and why.
 
-Chosen once, at import. CPU tensors go to the compiled library ("cpp"), CUDA tensors to Triton; plain torch
-("reference") stands in where one of these is missing. CACHEDIT_KERNELS_BACKEND=cpp|triton|reference forces one.
+Chosen once, at import. CPU tensors go to the compiled library ("cpp"), CUDA tensors to Triton or to the compiled
+library's CUDA kernels ("cuda"), as CUDA_DEFAULTS says; plain torch ("reference") stands in where these are missing.
+CACHEDIT_KERNELS_BACKEND=cpp|cuda|triton|reference forces one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from cachedit_kernels import _checks, _native
 from cachedit_kernels._library import LIBRARY
 
 VARIABLE = "CACHEDIT_KERNELS_BACKEND"
-IMPLEMENTATIONS = ("cpp", "triton", "reference")
+IMPLEMENTATIONS = ("cpp", "cuda", "triton", "reference")
 # Device types, as `backends()` names them, and the dispatch keys that serve them. The last key also takes calls without
 # any tensor, which the checks refuse.
 DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA", "other": "CompositeExplicitAutograd"}
@@ -50,8 +51,21 @@ OPERATORS = {
 }
 
 
+# Operators with a CUDA kernel in the compiled library, and what serves CUDA tensors where Triton is there too: the
+# faster one as measured by benchmarks/gpu_check.sh. No GPU has run the CUDA kernels yet, so it is Triton throughout.
+CUDA_DEFAULTS = {
+    "residual_l1": "triton",
+    "l1": "triton",
+    "residual_push": "triton",
+    "residual_forecast": "triton",
+    "merge_attention": "triton",
+    "ulysses_pack": "triton",
+    "ulysses_unpack": "triton",
+}
+
+
 class Backend(NamedTuple):
-    """`implementation` is "cpp", "triton" or "reference", or "none" where a forced one does not serve the device."""
+    """`implementation` is one of IMPLEMENTATIONS, or "none" where a forced one does not serve the device."""
 
     implementation: str
     reason: str
@@ -59,7 +73,7 @@ class Backend(NamedTuple):
 
 def backends() -> dict[str, dict[str, Backend]]:
     """Which implementation each operator uses on each device type, and why: `backends()["l1"]["cpu"].reason`."""
-    return {name: dict(_chosen) for name in OPERATORS}
+    return {name: dict(devices) for name, devices in _chosen.items()}
 
 
 def register() -> None:
@@ -68,19 +82,23 @@ def register() -> None:
     if forced is not None and forced not in IMPLEMENTATIONS:
         raise RuntimeError(f"{VARIABLE} must be one of {', '.join(IMPLEMENTATIONS)}, got {forced!r}")
     _chosen.update(_choose_default() if forced is None else _choose_forced(forced))
-    for device, backend in _chosen.items():
-        if backend.implementation == "cpp":  # the compiled library has registered itself
-            continue
-        for name, operator in OPERATORS.items():
+    for name, operator in OPERATORS.items():
+        for device, backend in _chosen[name].items():
+            if backend.implementation == "cpp":  # the compiled library has registered itself
+                continue
             implementation = _python_implementation(name, operator, device)
             for overload in operator.overloads:
-                LIBRARY.impl(overload, implementation, DISPATCH_KEYS[device])
+                if backend.implementation == "cuda":
+                    _native.register_cuda(overload, DISPATCH_KEYS[device])
+                else:
+                    LIBRARY.impl(overload, implementation, DISPATCH_KEYS[device])
 
 
-_chosen: dict[str, Backend] = {}
+Devices = dict[str, Backend]
+_chosen: dict[str, Devices] = {}
 
 
-def _choose_default() -> dict[str, Backend]:
+def _choose_default() -> dict[str, Devices]:
     loaded, reason = _native.load()
     if loaded:
         cpu = Backend("cpp", reason)
@@ -93,36 +111,61 @@ def _choose_default() -> dict[str, Backend]:
             RuntimeWarning,
             stacklevel=2,
         )
-    if importlib.util.find_spec("triton") is not None:
-        cuda = Backend("triton", "triton is installed")
-    else:
-        cuda = Backend("reference", "triton is not installed")
-    return {"cpu": cpu, "cuda": cuda, "other": Backend("reference", "there is nothing faster")}
+    other = Backend("reference", "there is nothing faster")
+    return {name: {"cpu": cpu, "cuda": _default_for_cuda(name), "other": other} for name in OPERATORS}
 
 
-def _choose_forced(forced: str) -> dict[str, Backend]:
+def _default_for_cuda(name: str) -> Backend:
+    has_triton = importlib.util.find_spec("triton") is not None
+    if has_triton and CUDA_DEFAULTS.get(name, "triton") == "triton":
+        return Backend("triton", "triton is installed")
+    usable, reason = _native.cuda() if name in CUDA_DEFAULTS else (False, "there is no CUDA C++ kernel")
+    if usable:
+        return Backend("cuda", f"{'measured to be faster' if has_triton else 'triton is not installed'}: {reason}")
+    if has_triton:
+        return Backend("triton", f"CUDA C++ would be faster, but {reason}")
+    return Backend("reference", f"triton is not installed, and {reason}")
+
+
+def _choose_forced(forced: str) -> dict[str, Devices]:
     because = f"forced by {VARIABLE}"
-    chosen = dict.fromkeys(DISPATCH_KEYS, Backend("none", f"{VARIABLE}={forced} does not serve them"))
+    nothing = dict.fromkeys(DISPATCH_KEYS, Backend("none", f"{VARIABLE}={forced} does not serve them"))
+    if forced == "cuda":
+        return {name: nothing | {"cuda": _forced_cuda(name, because)} for name in OPERATORS}
+    return dict.fromkeys(OPERATORS, nothing | _forced_for_all(forced, because))
+
+
+def _forced_cuda(name: str, because: str) -> Backend:
+    usable, reason = _native.cuda()
+    if not usable:
+        raise RuntimeError(f"{VARIABLE}=cuda, but {reason}")
+    if name in CUDA_DEFAULTS:
+        return Backend("cuda", f"{because}: {reason}")
+    return _default_for_cuda(name)  # an engine needs them all
+
+
+def _forced_for_all(forced: str, because: str) -> Devices:
+    """What serves every operator, on the devices where it does."""
     if forced == "reference":
         return dict.fromkeys(DISPATCH_KEYS, Backend("reference", because))
     if forced == "cpp":
         loaded, reason = _native.load()
         if not loaded:
             raise RuntimeError(f"{VARIABLE}=cpp, but {reason}")
-        return chosen | {"cpu": Backend("cpp", f"{because}: {reason}")}
+        return {"cpu": Backend("cpp", f"{because}: {reason}")}
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError(f"{VARIABLE}=triton, but triton is not installed")
     if os.environ.get("TRITON_INTERPRET") == "1":
         interpreted = Backend("triton", f"{because}, interpreted")
-        return chosen | {"cpu": interpreted, "cuda": interpreted}
+        return {"cpu": interpreted, "cuda": interpreted}
     if not torch.cuda.is_available():
         raise RuntimeError(f"{VARIABLE}=triton needs a CUDA device, or TRITON_INTERPRET=1 to interpret kernels on CPU")
-    return chosen | {"cuda": Backend("triton", because)}
+    return {"cuda": Backend("triton", because)}
 
 
 def _python_implementation(name: str, operator: Operator, device: str) -> Callable[..., Any]:
     """What the dispatcher calls: checks, then the implementation, whose module is imported on the first call."""
-    implementation, reason = _chosen[device]
+    implementation, reason = _chosen[name][device]
     module = f"cachedit_kernels.{operator.folder}.{'kernel' if implementation == 'triton' else 'reference'}"
     check = getattr(_checks, name)
 

@@ -1,4 +1,4 @@
-"""Loads the compiled library, where there is one."""
+"""Loads the compiled library, where there is one, and tells whether its CUDA kernels can run."""
 
 from __future__ import annotations
 
@@ -28,3 +28,41 @@ def load() -> tuple[bool, str]:
     capability = ctypes.CDLL(str(PATH)).cachedit_cpu_capability
     capability.restype = ctypes.c_char_p
     return True, f"compiled library, {capability().decode()} kernels"
+
+
+def cuda() -> tuple[bool, str]:
+    """Whether the library's CUDA kernels can run here and, in words, how or why not. Does not initialise CUDA."""
+    loaded, reason = load()
+    if not loaded:
+        return False, reason
+    library = ctypes.CDLL(str(PATH))
+    if not hasattr(library, "cachedit_cuda_runtime_version"):
+        return False, "the compiled library was built without nvcc"
+    built = library.cachedit_cuda_runtime_version()
+    driver = driver_version()
+    if driver is None:
+        return False, "there is no NVIDIA driver"
+    # The CUDA runtime within works with every driver of its major version, and with later ones.
+    if driver // 1000 < built // 1000:
+        return False, f"the driver serves CUDA {_dotted(driver)}, and the library needs {built // 1000}.0"
+    return True, f"compiled library, CUDA {_dotted(built)}, driver for {_dotted(driver)}"
+
+
+def register_cuda(overload: str, dispatch_key: str) -> None:
+    """Puts the library's CUDA kernel behind an operator's overload."""
+    if not ctypes.CDLL(str(PATH)).cachedit_cuda_register(overload.encode(), dispatch_key.encode()):
+        raise RuntimeError(f"{PATH} has no CUDA kernel for {overload}")
+
+
+def driver_version() -> int | None:
+    """The latest CUDA that the driver serves, as 13000 for 13.0; None without a driver."""
+    version = ctypes.c_int()
+    try:
+        found = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) == 0
+    except (OSError, AttributeError):
+        return None
+    return version.value if found else None
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"

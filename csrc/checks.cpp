@@ -20,7 +20,7 @@ void check_length(const char* op, const char* name, size_t size, const Named& fi
 
 void check_device(const char* op, const std::string& what, const Tensor& tensor, const std::string& first,
                   const Tensor& like) {
-  if (tensor.device_type != like.device_type) {
+  if (!tensor.same_device(like)) {
     refuse(op, what + " must be on the device of " + first + ", " + device_string(like) + ", got " +
                    device_string(tensor));
   }
@@ -29,7 +29,7 @@ void check_device(const char* op, const std::string& what, const Tensor& tensor,
 template <class What>  // the name is put together only for a message
 void check_device(const char* op, const What& what, const Tensor& tensor, const Named& first) {
   const Tensor& like = first.tensors[0];
-  if (tensor.device_type != like.device_type) check_device(op, what(), tensor, item(first.name, 0), like);
+  if (!tensor.same_device(like)) check_device(op, what(), tensor, item(first.name, 0), like);
 }
 
 bool is_float8(const Tensor& tensor) { return tensor.dtype == aoti_torch_dtype_float8_e4m3fn(); }
@@ -149,14 +149,11 @@ void check_scales(const char* op, const Tensors& ring, const Tensors& scales) {
   check_writable(op, {"scales", scales});
 }
 
-int64_t checked_slot(const char* op, const Tensor& slot, const Named& first, const Tensors& ring) {
+void check_slot(const char* op, const Tensor& slot, const Named& first) {
   if (slot.numel != 1 || !is_integer(slot.dtype)) {
     refuse(op, "slot must be one integer, got " + dtype_string(slot.dtype) + " of shape " + shape(slot));
   }
   check_device(op, [] { return std::string("slot"); }, slot, first);
-  const int64_t value = integer_value(slot);
-  check_slot(op, value, ring);
-  return value;
 }
 
 void check_slot(const char* op, int64_t slot, const Tensors& ring) {

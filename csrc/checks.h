@@ -10,7 +10,7 @@ struct Named {
   const Tensors& tensors;
 };
 
-// Every list as long as the first; every tensor of a stream alike; every tensor on CPU.
+// Every list as long as the first; every tensor of a stream alike; all on one device.
 void check_streams(const char* op, std::initializer_list<Named> lists);
 
 // Every stream with a batch dimension, all of one size.
@@ -25,7 +25,7 @@ void check_writable(const char* op, const Named& ring);
 // For rings in E4M3 with a scale per row, the last dimension; slots of both contiguous and apart.
 void check_scales(const char* op, const Tensors& ring, const Tensors& scales);
 
-int64_t checked_slot(const char* op, const Tensor& slot, const Named& first, const Tensors& ring);
+void check_slot(const char* op, const Tensor& slot, const Named& first);  // all but its value
 void check_slot(const char* op, int64_t slot, const Tensors& ring);
 
 void check_weights(const char* op, size_t count, const Tensors& ring);

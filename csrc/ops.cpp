@@ -80,9 +80,13 @@ class Slot {
   }
 
   int64_t checked(const char* op, const Named& first, const Tensors& ring) const {
-    if constexpr (kTensor) return checked_slot(op, tensor_, first, ring);
-    check_slot(op, value_, ring);
-    return value_;
+    int64_t value = value_;
+    if constexpr (kTensor) {
+      check_slot(op, tensor_, first);
+      value = integer_value(tensor_);
+    }
+    check_slot(op, value, ring);
+    return value;
   }
 
  private:

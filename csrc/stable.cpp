@@ -44,6 +44,7 @@ Tensor::Tensor(AtenTensorHandle handle) : handle_(handle) {
   strides = borrowed;
   CACHEDIT_TORCH(aoti_torch_get_dtype(handle_, &dtype));
   CACHEDIT_TORCH(aoti_torch_get_device_type(handle_, &device_type));
+  if (device_type == aoti_torch_device_type_cuda()) CACHEDIT_TORCH(aoti_torch_get_device_index(handle_, &device_index));
 }
 
 Tensor& Tensor::operator=(Tensor&& other) noexcept {
@@ -54,6 +55,7 @@ Tensor& Tensor::operator=(Tensor&& other) noexcept {
   strides = other.strides;
   dtype = other.dtype;
   device_type = other.device_type;
+  device_index = other.device_index;
   return *this;
 }
 
@@ -77,7 +79,7 @@ bool Tensor::same_shape(const Tensor& other) const {
   return dim == other.dim && std::equal(sizes, sizes + dim, other.sizes);
 }
 
-Tensor Tensor::empty(const int64_t* sizes, int64_t dim, int32_t dtype) {
+Tensor Tensor::empty(const int64_t* sizes, int64_t dim, int32_t dtype, const Tensor* like) {
   constexpr int64_t kInline = 8;
   int64_t few[kInline];
   std::vector<int64_t> many(dim > kInline ? dim : 0);
@@ -88,9 +90,13 @@ Tensor Tensor::empty(const int64_t* sizes, int64_t dim, int32_t dtype) {
     packed *= std::max<int64_t>(sizes[d], 1);
   }
   AtenTensorHandle handle = nullptr;
-  CACHEDIT_TORCH(aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  const int32_t device = like == nullptr ? aoti_torch_device_type_cpu() : like->device_type;
+  const int32_t index = like == nullptr ? 0 : like->device_index;
+  CACHEDIT_TORCH(aoti_torch_empty_strided(dim, sizes, strides, dtype, device, index, &handle));
   return Tensor(handle);
 }
+
+void Tensor::copy_from(const Tensor& other) { CACHEDIT_TORCH(aoti_torch_copy_(handle_, other.handle_, 0)); }
 
 Tensor take_tensor(StableIValue value) { return Tensor(torch::stable::detail::to<AtenTensorHandle>(value)); }
 
@@ -170,7 +176,7 @@ std::string dtype_string(int32_t dtype) {
 std::string device_string(const Tensor& tensor) {
   if (tensor.device_type == aoti_torch_device_type_cpu()) return "cpu";
   if (tensor.device_type == aoti_torch_device_type_meta()) return "meta";
-  if (tensor.device_type == aoti_torch_device_type_cuda()) return "cuda";
+  if (tensor.device_type == aoti_torch_device_type_cuda()) return "cuda:" + std::to_string(tensor.device_index);
   return "device type " + std::to_string(tensor.device_type);
 }
 

@@ -36,14 +36,20 @@ class Tensor {
   const int64_t* strides = nullptr;
   int32_t dtype = 0;
   int32_t device_type = 0;
+  int32_t device_index = 0;  // of a GPU
 
   const void* data() const;
   void* mutable_data() const;
   int element_size() const { return static_cast<int>(aoti_torch_dtype_element_size(dtype)); }
   bool same_shape(const Tensor& other) const;
+  bool same_device(const Tensor& other) const {
+    return device_type == other.device_type && device_index == other.device_index;
+  }
   AtenTensorHandle release() { return std::exchange(handle_, nullptr); }
 
-  static Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype);  // contiguous, on CPU
+  // Contiguous, on CPU or on the device of `like`.
+  static Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype, const Tensor* like = nullptr);
+  void copy_from(const Tensor& other);
 
  private:
   AtenTensorHandle handle_ = nullptr;

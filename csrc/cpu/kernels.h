@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace cachedit {
+#include "dtype.h"
 
-enum DType : int { kFloat32, kFloat16, kBFloat16, kDTypes };
+namespace cachedit {
 
 // Kernels that add sum |difference| and sum |scale| of n elements to sums[0] and sums[1].
 using ResidualL1 = void (*)(const void* before, const void* after, const void* anchor, int64_t n, double* sums);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_forced_reference_refuses_in_the_same_words() -> None:
 
 def test_unknown_backend_is_an_error_at_import() -> None:
     result = python("import cachedit_kernels", **UNSET | {"CACHEDIT_KERNELS_BACKEND": "fortran"})
-    assert "CACHEDIT_KERNELS_BACKEND must be one of cpp, triton, reference, got 'fortran'" in result.stderr
+    assert "CACHEDIT_KERNELS_BACKEND must be one of cpp, cuda, triton, reference, got 'fortran'" in result.stderr
 
 
 def test_unknown_capability_is_an_error_at_import() -> None:
@@ -129,10 +130,68 @@ def test_a_backend_that_does_not_serve_a_device_says_so_when_called(monkeypatch:
     monkeypatch.setattr(_native, "load", lambda: (True, "played"))
     monkeypatch.setattr(_backend, "_chosen", _backend._choose_forced("cpp"))
     for device in ("cuda", "other"):
-        assert _backend._chosen[device].implementation == "none"
+        assert _backend._chosen["l1"][device].implementation == "none"
         call = _backend._python_implementation("l1", _backend.OPERATORS["l1"], device)
         with pytest.raises(RuntimeError, match="l1: no implementation for cpu tensors: CACHEDIT_KERNELS_BACKEND=cpp"):
             call([torch.ones(1)], [torch.ones(1)])
+
+
+def test_forced_cuda_where_it_cannot_run_is_an_error_at_import() -> None:
+    if _native.cuda()[0]:
+        pytest.skip("this machine can run CUDA kernels")
+    result = python("import cachedit_kernels", **UNSET | {"CACHEDIT_KERNELS_BACKEND": "cuda"})
+    assert f"CACHEDIT_KERNELS_BACKEND=cuda, but {_native.cuda()[1]}" in result.stderr
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("driver", "usable", "reason"),
+    [
+        (None, False, "there is no NVIDIA driver"),
+        (12080, False, "the driver serves CUDA 12.8, and the library needs 13.0"),
+        (13000, True, "CUDA 13.1, driver for 13.0"),
+        (14020, True, "CUDA 13.1, driver for 14.2"),
+    ],
+)
+def test_the_driver_decides_whether_cuda_kernels_run(
+    monkeypatch: pytest.MonkeyPatch, driver: int | None, usable: bool, reason: str
+) -> None:
+    """With a library that was built by CUDA 13.1."""
+    monkeypatch.setattr(_native, "load", lambda: (True, "played"))
+    library = SimpleNamespace(cachedit_cuda_runtime_version=lambda: 13010)
+    monkeypatch.setattr(_native.ctypes, "CDLL", lambda _: library)
+    monkeypatch.setattr(_native, "driver_version", lambda: driver)
+    assert _native.cuda()[0] == usable and reason in _native.cuda()[1]
+    monkeypatch.setattr(_native.ctypes, "CDLL", lambda _: SimpleNamespace())
+    assert _native.cuda() == (False, "the compiled library was built without nvcc")
+
+
+@pytest.mark.parametrize(
+    ("triton", "faster", "usable", "expected", "reason"),
+    [
+        (True, "triton", True, "triton", "triton is installed"),
+        (True, "cuda", True, "cuda", "measured to be faster: played"),
+        (True, "cuda", False, "triton", "CUDA C++ would be faster, but played"),
+        (False, "triton", True, "cuda", "triton is not installed: played"),
+        (False, "triton", False, "reference", "triton is not installed, and played"),
+    ],
+)
+def test_what_serves_cuda_tensors(
+    monkeypatch: pytest.MonkeyPatch, triton: bool, faster: str, usable: bool, expected: str, reason: str
+) -> None:
+    from cachedit_kernels import _backend
+
+    monkeypatch.setattr(_backend.importlib.util, "find_spec", lambda _: object() if triton else None)
+    monkeypatch.setitem(_backend.CUDA_DEFAULTS, "l1", faster)
+    monkeypatch.setattr(_native, "cuda", lambda: (usable, "played"))
+    assert _backend._default_for_cuda("l1") == (expected, reason)
+    without_kernel = _backend._default_for_cuda("ring_gram")
+    assert without_kernel.implementation == ("triton" if triton else "reference")
+    monkeypatch.setattr(_native, "load", lambda: (True, "played"))
+    if usable:
+        forced = _backend._choose_forced("cuda")
+        assert forced["l1"]["cuda"] == ("cuda", "forced by CACHEDIT_KERNELS_BACKEND: played")
+        assert forced["l1"]["cpu"].implementation == "none" and forced["ring_gram"]["cuda"] == without_kernel
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import check_wheel
 from operands import python
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +36,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, copy)
-    for name in ("csrc", "cachedit_kernels", "python"):
+    for name in ("csrc", "cachedit_kernels", "python", "tools"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info"))
     return copy
 
@@ -62,7 +63,9 @@ def has_compiler() -> bool:
 @pytest.mark.skipif(not has_compiler(), reason="no C++ compiler or no CMake")
 def test_wheel_with_the_library(checkout: Path, tmp_path: Path) -> None:
     file, _ = wheel(checkout, tmp_path)
-    assert "-cp310-abi3-" in file.name
+    has_cuda = shutil.which("nvcc") is not None
+    library = check_wheel.library_in(file)
+    assert check_wheel.problems(file.name, file.stat().st_size, library, cuda=has_cuda) == []
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
