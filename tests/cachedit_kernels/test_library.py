@@ -159,6 +159,22 @@ def test_a_step_compiles_into_one_graph() -> None:
         torch.testing.assert_close(rings[1], rings[0])
 
 
+def test_a_step_in_e4m3_compiles_into_one_graph() -> None:
+    def step(before: Tensor, after: Tensor, ring: Tensor, scales: Tensor, slot: Tensor, weights: Tensor) -> Tensor:
+        cachedit_kernels.residual_push([before * 1], [after + 1], [ring], slot, [scales])
+        (out,) = cachedit_kernels.residual_forecast([before], [ring], weights, scales=[scales])
+        return out + cachedit_kernels.ring_gram([ring], [1, 0], scales=[scales])[0, 0, 1]
+
+    torch._dynamo.reset()
+    before, after = (make((2, 8, 16), torch.float32, "contiguous", seed) for seed in range(2))
+    codes, scales = torch.zeros((2, 3, 2, 8, 16)).to(torch.float8_e4m3fn), torch.ones(2, 3, 2, 8)
+    operands = torch.tensor(1), torch.tensor([1.0, 0.5, 2.0])
+    expected = step(before, after, codes[0], scales[0], *operands)
+    got = torch.compile(step, fullgraph=True)(before, after, codes[1], scales[1], *operands)
+    torch.testing.assert_close(got, expected)
+    assert torch.equal(codes[0].float(), codes[1].float()) and torch.equal(scales[0], scales[1])
+
+
 def test_an_exchange_compiles_for_any_length() -> None:
     def exchange(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
         length = q.shape[1]
