@@ -236,14 +236,18 @@ def _intercepted_class(original: type) -> type:
     return type(original.__name__, (_InterceptedList, original), {"_cachedit_class": original})
 
 
-def intercept(blocks: nn.ModuleList, controller: Any, link: Link) -> None:
-    """Hand out sites from this list object during forwards of ``controller``; other lists of its class stay as are."""
+def intercept(blocks: nn.ModuleList, controller: Any, link: Link, passes: Any = None) -> None:
+    """Hand out sites from this list object during forwards of ``controller``; other lists of its class stay as are.
+
+    With ``passes``, also while these are traced.
+    """
     if not isinstance(blocks, _InterceptedList):
         blocks.__class__ = _intercepted_class(type(blocks))  # type: ignore[arg-type]
         vars(blocks)["_cachedit_links"] = {}
         vars(blocks)["_cachedit_passes"] = []
     vars(blocks)["_cachedit_links"][controller] = link
-    vars(blocks)["_cachedit_passes"].append((controller.passes, link))
+    if passes is not None:
+        vars(blocks)["_cachedit_passes"].append((passes, link))
 
 
 def release(blocks: nn.ModuleList, controller: Any) -> None:

@@ -349,7 +349,7 @@ class Controller:
         self.passes = forward.passes
         _put(holder, name, forward)
         for blocks, link in self.lists:
-            intercept(blocks, self, link)
+            intercept(blocks, self, link, self.passes)
         if self.tap is not None:
             self.tap.attach(self)
         if hasattr(module, "cache_context"):

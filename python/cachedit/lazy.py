@@ -80,7 +80,7 @@ class LazyController(Controller):
             self.detach()
             raise
         for blocks, link in self.lists:
-            intercept(blocks, self, link)
+            intercept(blocks, self, link, self.passes)
         self._set_tap(make_tap(self.transformer, settings))
         for section, group in zip(self.sections, groups, strict=True):
             patterns = ", ".join(f"{item.name} ({item.pattern.name})" for item in group)
