@@ -44,6 +44,7 @@ from .patch_functor import PatchFunctor
 from .pattern import ForwardPattern
 from .plot import plot_summary
 from .policy import Decision, StepPolicy, StepView
+from .quantization import QuantizeBackend, QuantizeConfig, quantize
 from .register import BlockAdapterRegister, get_adapter, supported_matrix, supported_pipelines
 from .stats import CacheStats
 from .tag import strify
@@ -81,6 +82,8 @@ __all__ = [
     "Pattern_4",
     "Pattern_5",
     "PolicyConfig",
+    "QuantizeBackend",
+    "QuantizeConfig",
     "StepPolicy",
     "StepView",
     "TaylorSeerCalibratorConfig",
@@ -102,6 +105,7 @@ __all__ = [
     "load_parallelism_config",
     "load_quantize_config",
     "plot_summary",
+    "quantize",
     "refresh_context",
     "request",
     "set_attn_backend",
@@ -114,7 +118,7 @@ __all__ = [
 
 # Names of cache_dit for work that this version does not do.
 _LATER = {
-    "quantization": ("QuantizeBackend", "QuantizeConfig", "load", "quantize"),
+    "SVDQuant": ("load",),
     "compilation": ("set_compile_configs",),
     "profiling": (
         "ProfilerContext",
@@ -137,6 +141,6 @@ _LATER = {
 def __getattr__(name: str) -> Any:
     for work, names in _LATER.items():
         if name in names:
-            # Not an AttributeError: `from cachedit import quantize` would lose the message.
+            # Not an AttributeError: `from cachedit import layerwise_offload` would lose the message.
             raise ImportError(f"cachedit.{name} is not available in this version yet: {work}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -40,6 +40,7 @@ _SOURCES = {
     "cache_dit.metrics": ("cachedit.metrics",),
     "cache_dit.parallelism": ("cachedit.parallel",),
     "cache_dit.platforms": ("cachedit.platforms",),
+    "cache_dit.quantization": ("cachedit.quantization",),
 }
 _lock = threading.Lock()
 _replaced: dict[str, ModuleType] = {}  # modules of the real package, imported before an override

@@ -28,6 +28,7 @@ from .parallel.apply import (
     sequence_group,
 )
 from .parallel.groups import agree
+from .quantization import Quantization, prepare_quantization
 from .register import BlockAdapterRegister
 from .stats import CacheStats, collect, format_table
 from .watch import PipelineWatch
@@ -67,9 +68,10 @@ def enable_cache(
         params_modifiers: One :class:`ParamsModifier` for everything, one per block list, or with several transformers
             one (or a list) per transformer; None where the common settings hold. Default: the adapter's.
         parallelism_config: How ranks share the work, a :class:`ParallelismConfig`; every rank makes the same call.
-        attention_backend: Name of a diffusers attention backend to set on the transformers. Where this or
-            ``parallelism_config`` is given without a ``cache_config``, no cache is enabled.
-        quantize_config: Not available in this version yet.
+        attention_backend: Name of a diffusers attention backend to set on the transformers.
+        quantize_config: A :class:`QuantizeConfig`: linear layers are quantized first of all, see :func:`quantize`.
+            Where this, ``attention_backend`` or ``parallelism_config`` is given without a ``cache_config``, no cache
+            is enabled.
 
     Returns:
         What was given.
@@ -78,30 +80,29 @@ def enable_cache(
         ValueError, TypeError: For a configuration or an adapter that does not fit, on every rank if it is so on one.
             Nothing is changed then.
         RuntimeError: For a ``parallelism_config`` where torch.distributed has not been initialised.
-        NotImplementedError: For an argument that this version cannot serve.
+        ImportError, NotImplementedError: For a ``quantize_config`` without torchao; for a type that is not here yet.
 
     Example:
         >>> cachedit.enable_cache(pipe, DBCacheConfig(Fn_compute_blocks=1), TaylorSeerCalibratorConfig())
         >>> image = pipe("a cat").images[0]
         >>> cachedit.summary(pipe)
     """
-    if quantize_config is not None:
-        raise NotImplementedError(
-            f"quantize_config is not available in this version of cachedit yet, got {quantize_config!r}"
-        )
-    nothing_else = attention_backend is None and parallelism_config is None
+    nothing_else = attention_backend is None and parallelism_config is None and quantize_config is None
     caches = cache_config is not None or nothing_else
 
     def prepare() -> _Prepared:
+        quantization = None if quantize_config is None else prepare_quantization(pipe_or_adapter, quantize_config)
         if not caches:
-            return _Prepared(None, [], transformers_of(pipe_or_adapter))
+            return _Prepared(None, [], transformers_of(pipe_or_adapter), quantization)
         common = Settings(DBCacheConfig() if cache_config is None else cache_config, calibrator_config)
-        return _prepare(pipe_or_adapter, common, params_modifiers)
+        return _prepare(pipe_or_adapter, common, params_modifiers)._replace(quantization=quantization)
 
     if parallelism_config is None:
         prepared, parallel = prepare(), None
     else:
         prepared, parallel = _agree(pipe_or_adapter, parallelism_config, prepare)
+    if prepared.quantization is not None:
+        prepared.quantization.apply()
     if parallel is not None and parallel.config.attention_backend is not None:
         attention_backend = parallel.config.attention_backend
     if attention_backend is not None:
@@ -132,7 +133,7 @@ def enable_cache(
 def disable_cache(pipe_or_adapter: Any) -> Any:
     """Take the cache and parallelism off again; everything is as it was before, bit for bit.
 
-    Weights that were cut for tensor parallelism stay cut.
+    Weights that were cut for tensor parallelism stay cut, and those that were quantized stay quantized.
 
     Args:
         pipe_or_adapter: What ``enable_cache`` was given, or the pipeline or transformer within it.
@@ -305,10 +306,12 @@ class _Prepared(NamedTuple):
     pipe: Any
     controllers: list[Controller]
     transformers: list[nn.Module]
+    quantization: Quantization | None = None
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same on ranks that decide alike."""
-        return {"cache": [str(settings) for controller in self.controllers for settings in controller.settings]}
+        cache = [str(settings) for controller in self.controllers for settings in controller.settings]
+        return {"cache": cache} | (self.quantization.fingerprint() if self.quantization else {})
 
 
 def _prepare(target: Any, common: Settings, params_modifiers: Any) -> _Prepared:
@@ -330,6 +333,8 @@ def _agree(target: Any, config: ParallelismConfig, prepare: Callable[[], _Prepar
 
     def check() -> tuple[_Prepared, Parallelism]:
         prepared = prepare()
+        if prepared.quantization is not None and config.tp_enabled():
+            raise ValueError("quantize_config cannot be combined with tp_size: quantized weights are not cut")
         for controller in prepared.controllers:
             if config.cp_enabled() and controller.tap is not None and controller.tap.sea is not None:
                 raise ValueError('metric must be "l1" under sequence parallelism: the filter of "sea" needs all tokens')

@@ -19,6 +19,7 @@ from .config import BasicCacheConfig, DBCacheConfig, DBPruneConfig
 from .document import Document, read_document
 from .mask import MASK_POLICIES, steps_mask
 from .parallel import ParallelismConfig
+from .quantization import QuantizeConfig
 from .teacache import TeaCacheConfig
 
 __all__ = [
@@ -70,11 +71,8 @@ _RAY_KEYS = (  # of a launcher that is not here: without effect, as long as use_
 )
 _PARALLELISM_FIELDS = [f.name for f in dataclasses.fields(ParallelismConfig) if f.name != "process_group"]
 _PARALLELISM_KEYS = (*_SIZES, *_PARALLELISM_FIELDS, *_RAY_KEYS)
-_QUANTIZE_KEYS = (  # of a section that nothing uses yet
-    *("backend", "quant_type", "exclude_layers", "regional_quantize", "repeated_blocks", "filter_fn", "verbose"),
-    *("components_to_quantize", "per_tensor_fallback", "precision_plan", "calibrate_fn", "serialize_to", "svdq_kwargs"),
-)
 _MISSPELT = {"enable_sperate_cfg": "enable_separate_cfg"}  # by the guides of SGLang and cache_dit
+_QUANTIZE_KEYS = [f.name for f in dataclasses.fields(QuantizeConfig)]
 _SECTIONS = ("cache_config", "parallelism_config", "attention_backend", "quantize_config")
 _TYPE_NAMES = {bool: "true or false", float: "a number", str: "a string", Sequence: "a list", Mapping: "a mapping"}
 
@@ -95,7 +93,7 @@ def load_configs(path_or_dict: Document, return_dict: bool = True, **kwargs: Any
 
     Returns:
         ``cache_config``, ``calibrator_config``, ``parallelism_config`` (objects), ``attention_backend`` (a string),
-        ``quantize_config`` (a plain dictionary); None for what is not in the file.
+        ``quantize_config`` (an object); None for what is not in the file.
 
     Raises:
         ValueError: For malformed files, unknown keys, values of the wrong type or out of range. The message names the
@@ -112,7 +110,7 @@ def load_configs(path_or_dict: Document, return_dict: bool = True, **kwargs: Any
         "calibrator_config": calibrator_config,
         "parallelism_config": _parallelism_config(content, where),
         "attention_backend": _typed(content.get("attention_backend"), str, f"{where}attention_backend"),
-        "quantize_config": _plain_section(content, "quantize_config", _QUANTIZE_KEYS, where),
+        "quantize_config": _quantize_config(content, where),
     }
     return loaded if return_dict else tuple(loaded.values())
 
@@ -145,10 +143,9 @@ def load_attn_backend_config(path_or_dict: Document, **kwargs: Any) -> str | Non
     return backend
 
 
-def load_quantize_config(path_or_dict: Document, **kwargs: Any) -> dict[str, Any] | None:
-    """Load the section ``quantize_config``, a plain dictionary or None: arguments and errors as for
-    :func:`load_configs`."""
-    section: dict[str, Any] | None = load_configs(path_or_dict, **kwargs)["quantize_config"]
+def load_quantize_config(path_or_dict: Document, **kwargs: Any) -> QuantizeConfig | None:
+    """Load the section ``quantize_config``, an object or None: arguments and errors as for :func:`load_configs`."""
+    section: QuantizeConfig | None = load_configs(path_or_dict, **kwargs)["quantize_config"]
     return section
 
 
@@ -269,6 +266,20 @@ def _parallelism_config(content: Mapping[str, Any], where: str) -> ParallelismCo
         config.validate()
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}{error}") from None
+    return config
+
+
+def _quantize_config(content: Mapping[str, Any], where: str) -> QuantizeConfig | None:
+    section = _plain_section(content, "quantize_config", _QUANTIZE_KEYS, where)
+    if section is None:
+        return None
+    # exclude_layers may be null: nothing is left out then.
+    fields = {name: value for name, value in section.items() if value is not None or name == "exclude_layers"}
+    try:
+        config = QuantizeConfig(**fields)
+        config.validate()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}quantize_config: {error}") from None
     return config
 
 

@@ -75,9 +75,9 @@ def test_a_function_and_a_module_of_one_name(installed):
     ("statement", "error", "message"),
     [
         (
-            "from cache_dit import quantize",
+            "from cache_dit import layerwise_offload",
             ImportError,
-            "cachedit.quantize is not available in this version yet: qu",
+            "cachedit.layerwise_offload is not available in this version yet: layerwise off",
         ),
         ("import cache_dit; cache_dit.load", ImportError, "cachedit.load is not available in this version yet"),
         ("from cache_dit import enable_cash", ImportError, "cannot import name 'enable_cash' from 'cache_dit'"),

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -64,6 +66,29 @@ def test_both_transformers_of_a_pipeline():
     pipe.transformer_2 = tiny_flux()
     set_attn_backend(pipe, "native")
     assert backends(pipe.transformer) == backends(pipe.transformer_2) == {"AttentionBackendName.NATIVE"}
+
+
+def test_an_older_name():
+    model = tiny_flux()
+    set_attn_backend(model, "sdpa")
+    assert backends(model) == {"AttentionBackendName.NATIVE"}
+    config = cachedit.load_configs({"attention_backend": "sdpa"})
+    cachedit.enable_cache(pipe := tiny_flux_pipeline(), **config)
+    assert backends(pipe.transformer) == {"AttentionBackendName.NATIVE"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="cuDNN could be used")
+@pytest.mark.parametrize("name", ["_sdpa_cudnn", "_native_cudnn", "_native_efficient"])
+def test_what_needs_a_gpu_names_what_does_not(name):
+    model = tiny_flux()
+    message = f"'{name}' cannot be used here: it needs a CUDA device .those that can: (.*)[)]$"
+    with pytest.raises(ValueError, match=message) as caught:
+        set_attn_backend(model, name)
+    assert backends(model) == {"None"}
+    usable = re.search(message, str(caught.value))[1].split(", ")
+    assert {"native", "_native_math"} <= set(usable) and not {"_native_cudnn", "_native_efficient"} & set(usable)
+    for name in usable:
+        set_attn_backend(model, name)
 
 
 def test_none_changes_nothing():

@@ -26,6 +26,13 @@ DIFFERENT = {
         f"ParallelismConfig.strify({name})": "one tag for the pipeline"
         for name in ("text_encoder", "vae", "controlnet")
     },
+    **{
+        f"QuantizeConfig.{get}_svdq{what}": "of SVDQuant, which is not here"
+        for get, whats in {"get": ("_kwargs", "_precision", "_rank"), "is": ("", "_dq", "_dq_few_shot", "_ptq")}.items()
+        for what in whats
+    },
+    "QuantizeConfig.expand_configs": "internal",
+    "QuantizeConfig.from_kwargs": "drops unknown names, which are errors here",
     "PatchFunctor.is_from_diffusers": "patches are applied to any transformer",
     "PatchFunctor.logging_patched": "internal",
 }

@@ -30,6 +30,7 @@ EVERYTHING = {
     "attention_backend": "native",
     "quantize_config": {"quant_type": "float8_per_row"},
 }
+QUANTIZATION = cachedit.QuantizeConfig(quant_type="float8_per_row")
 PARALLELISM = cachedit.ParallelismConfig(ulysses_size="auto", extra_parallel_modules=["vae"])
 
 
@@ -66,7 +67,7 @@ def test_every_section():
         "calibrator_config": TaylorSeerCalibratorConfig(taylorseer_order=2, enable_encoder_calibrator=False),
         "parallelism_config": PARALLELISM,
         "attention_backend": "native",
-        "quantize_config": EVERYTHING["quantize_config"],
+        "quantize_config": QUANTIZATION,
     }
     assert load_configs(EVERYTHING, return_dict=False) == tuple(loaded.values())
     assert load_cache_config(EVERYTHING) == (loaded["cache_config"], loaded["calibrator_config"])
@@ -82,7 +83,8 @@ def test_files_mean_what_dictionaries_mean(tmp_path, name, kind):
 @pytest.mark.parametrize("key", ["parallelism_config", "attention_backend", "quantize_config"])
 def test_sections_may_be_absent(key):
     given = {key: EVERYTHING[key]}
-    loaded = {key: PARALLELISM if key == "parallelism_config" else EVERYTHING[key]}
+    objects = {"parallelism_config": PARALLELISM, "quantize_config": QUANTIZATION}
+    loaded = {key: objects.get(key, EVERYTHING[key])}
     assert load_configs(given) == dict.fromkeys(KEYS) | loaded
     assert load_cache_config(given) == (None, None)
 
@@ -214,6 +216,8 @@ def test_errors_name_file_and_key(tmp_path, section, message):
         ({"attention_backend": 1}, "attention_backend must be a string, got 1"),
         ({"quantize_config": "float8"}, "quantize_config must be a mapping, got 'float8'"),
         ({"quantize_config": {"quant_typ": 1}}, r"quantize_config: quant_typ: did you mean quant_type\?"),
+        ({"quantize_config": {"quant_type": "fp9"}}, "quantize_config: quant_type must be one of float8_per_row, "),
+        ({"quantize_config": {"exclude_layers": "embed"}}, "quantize_config: exclude_layers must be a list of names"),
         ({"parallelism_config": {"ulyses_size": 1}}, r"parallelism_config: ulyses_size: did you mean ulysses_size\?"),
         ({"parallelism_config": {"tp_size": 0}}, "parallelism_config: tp_size must be an integer of at least 1 or"),
         ({"parallelism_config": {"ring": True}}, "parallelism_config: ring_size must be an integer .* got True"),
@@ -256,7 +260,7 @@ def test_single_sections(tmp_path):
     for source in (path, EVERYTHING):
         assert cachedit.load_parallelism_config(source) == PARALLELISM
         assert cachedit.load_attn_backend_config(source) == "native"
-        assert cachedit.load_quantize_config(source) == EVERYTHING["quantize_config"]
+        assert cachedit.load_quantize_config(source) == QUANTIZATION
         assert cachedit.load_parallelism_config(source, check_only=True) is True
     flat = {"Fn_compute_blocks": 2}
     assert cachedit.load_parallelism_config(flat, check_only=True) is False

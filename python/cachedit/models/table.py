@@ -141,6 +141,12 @@ AUDIO = {
 
 MODELS: dict[str, ModelEntry] = {**IMAGE, **VIDEO, **AUDIO}
 
+# Classes of other libraries that derive from one of diffusers', but call their blocks otherwise.
+DERIVED: dict[str, ModelEntry] = {
+    # Nunchaku's single blocks take both streams as one, which the model joins before.
+    "NunchakuFluxTransformer2DModelV2": _separate(B("transformer_blocks", P1), B("single_transformer_blocks", P3)),
+}
+
 # Transformers of diffusers that have no row, and why.
 _PART = "is a part of a UNet, not a denoiser by itself"
 UNCOVERED: dict[str, str] = {
@@ -160,6 +166,7 @@ UNCOVERED: dict[str, str] = {
 def find_entry(transformer: nn.Module) -> ModelEntry | None:
     """Return the entry of a transformer's class, or of the nearest base class that has one."""
     for cls in type(transformer).__mro__:
-        if cls.__name__ in MODELS:
-            return MODELS[cls.__name__]
+        entry = MODELS.get(cls.__name__) or DERIVED.get(cls.__name__)
+        if entry is not None:
+            return entry
     return None
