@@ -203,8 +203,7 @@ def _work(options: Options, settings: Settings, rank: int, local_rank: int) -> N
     if settings.base:
         cachedit.enable_cache(pipe, **settings.base)
     if options.enable_torch_compile:
-        for transformer in transformers_of(pipe):
-            transformer.compile_repeated_blocks()
+        _compile(pipe)
 
     def timed(warmup: bool) -> tuple[Drawn, float]:
         for _ in range(warmup):
@@ -250,6 +249,14 @@ def _load(options: Options, device: str) -> Any:
         pipe.enable_model_cpu_offload(device=device)
         return pipe
     return pipe.to(device)
+
+
+def _compile(pipe: Any) -> None:
+    for transformer in transformers_of(pipe):
+        if getattr(transformer, "_repeated_blocks", None):  # the model's list of classes worth compiling
+            transformer.compile_repeated_blocks()
+        else:
+            transformer.compile()
 
 
 def _arguments(pipe: Any, options: Options) -> dict[str, Any]:

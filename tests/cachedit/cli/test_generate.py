@@ -6,13 +6,14 @@ import sys
 import numpy
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from PIL import Image
 from typer.testing import CliRunner
 
 import cachedit
 from cachedit.cli import generate, output
 from cachedit.cli.app import app
-from cachedit.embedded import load_pipeline
+from cachedit.embedded import EmbeddedPipeline, load_pipeline
 from cachedit.metrics import compute_psnr
 
 TAYLOR = """
@@ -85,6 +86,18 @@ def test_compare(monkeypatch):
     speed, decibels = re.search(r"cached +\S+ +(\S+)x +(\S+) ", text).groups()
     assert float(speed) == pytest.approx(seconds["plain"] / seconds["cached"], rel=0.05)
     assert float(decibels) == pytest.approx(compute_psnr(plain, cached)[0], abs=0.01) and cached_steps(text) == [3]
+
+
+@pytest.mark.parametrize(("blocks", "expected"), [(["FluxTransformerBlock"], "blocks"), (None, "whole")])
+def test_warmup_and_compile_come_before_what_counts(monkeypatch, blocks, expected):
+    happened = []
+    monkeypatch.setattr(FluxTransformer2DModel, "_repeated_blocks", blocks)
+    monkeypatch.setattr(FluxTransformer2DModel, "compile_repeated_blocks", lambda self: happened.append("blocks"))
+    monkeypatch.setattr(FluxTransformer2DModel, "compile", lambda self: happened.append("whole"))
+    call = EmbeddedPipeline.encode_prompt
+    monkeypatch.setattr(EmbeddedPipeline, "encode_prompt", lambda *args: happened.append("run") or call(*args))
+    run("--warmup", "--enable-torch-compile", "--num-inference-steps", 2, "--no-save-output")
+    assert happened == [expected, "run", "run"]
 
 
 def test_several_prompts_and_a_saved_pipeline(elsewhere):
