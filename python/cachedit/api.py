@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
-from .adapter import BlockAdapter, TransformerPlan, plan_or_learn
 from .attention import set_attention_backend, transformers_of
 from .calibrator import CalibratorConfig
 from .config import BasicCacheConfig, CacheType, DBCacheConfig
-from .controller import Controller, controller_of
+from .controller import Controller
 from .cuda_graphs import ForwardGraphs
-from .lazy import LazyController
-from .models import find_transformers
-from .modifier import ParamsModifier, Settings, modified, modifiers_per_transformer, settings_per_section
-from .parallel import ParallelismConfig
+from .modifier import Settings, modified
 from .parallel.apply import (
-    Parallelism,
     disable_parallelism,
     enable_parallelism,
-    prepare_parallelism,
-    process_group,
     sequence_group,
 )
-from .parallel.groups import agree
-from .quantization import Quantization, prepare_quantization
-from .register import BlockAdapterRegister
+from .prepare import Prepared, agree_on, prepare_caches
+from .quantization import prepare_quantization
 from .stats import CacheStats, collect, format_table
+from .targets import controllers_of, enabled_controllers, modules_of
 from .watch import PipelineWatch
 
 __all__ = [
@@ -90,17 +83,17 @@ def enable_cache(
     nothing_else = attention_backend is None and parallelism_config is None and quantize_config is None
     caches = cache_config is not None or nothing_else
 
-    def prepare() -> _Prepared:
+    def prepare() -> Prepared:
         quantization = None if quantize_config is None else prepare_quantization(pipe_or_adapter, quantize_config)
         if not caches:
-            return _Prepared(None, [], transformers_of(pipe_or_adapter), quantization)
+            return Prepared(None, [], transformers_of(pipe_or_adapter), quantization)
         common = Settings(DBCacheConfig() if cache_config is None else cache_config, calibrator_config)
-        return _prepare(pipe_or_adapter, common, params_modifiers)._replace(quantization=quantization)
+        return prepare_caches(pipe_or_adapter, common, params_modifiers)._replace(quantization=quantization)
 
     if parallelism_config is None:
         prepared, parallel = prepare(), None
     else:
-        prepared, parallel = _agree(pipe_or_adapter, parallelism_config, prepare)
+        prepared, parallel = agree_on(pipe_or_adapter, parallelism_config, prepare)
     if prepared.quantization is not None:
         prepared.quantization.apply()
     if parallel is not None and parallel.config.attention_backend is not None:
@@ -111,7 +104,7 @@ def enable_cache(
         set_attention_backend(prepared.transformers, attention_backend)
     if parallel is not None:
         enable_parallelism(parallel)
-        for controller in (*prepared.controllers, *_controllers(pipe_or_adapter)):
+        for controller in (*prepared.controllers, *controllers_of(pipe_or_adapter)):
             controller.join(sequence_group(controller.transformer))
     if not caches:
         return pipe_or_adapter
@@ -143,14 +136,14 @@ def disable_cache(pipe_or_adapter: Any) -> Any:
     """
     _disable(pipe_or_adapter)
     pipe = getattr(pipe_or_adapter, "pipe", pipe_or_adapter)
-    for module in (*_modules(pipe_or_adapter), *getattr(pipe, "components", {}).values()):
+    for module in (*modules_of(pipe_or_adapter), *getattr(pipe, "components", {}).values()):
         if isinstance(module, nn.Module):
             disable_parallelism(module)
     return pipe_or_adapter
 
 
 def _disable(pipe_or_adapter: Any) -> Any:
-    for controller in _controllers(pipe_or_adapter):
+    for controller in controllers_of(pipe_or_adapter):
         controller.detach()
     watched = PipelineWatch.of(getattr(pipe_or_adapter, "pipe", pipe_or_adapter))
     if watched is not None:
@@ -181,7 +174,7 @@ def refresh_context(
         ValueError: If the cache is not enabled there, or a value does not fit. Nothing is changed then.
         TypeError: For a name that is not a field.
     """
-    controllers = _enabled("transformer", transformer)
+    controllers = enabled_controllers("transformer", transformer)
     if cache_config is None and calibrator_config is None and not changes:
         for controller in controllers:
             controller.begin_request()
@@ -224,7 +217,7 @@ def request(target: Any, key: Hashable, num_inference_steps: int | None = None) 
         ...     noise = transformer(**job.inputs())
     """
     with ExitStack() as stack:
-        for controller in _enabled("target", target):
+        for controller in enabled_controllers("target", target):
             stack.enter_context(controller.use_request(key, num_inference_steps))
         yield
 
@@ -236,7 +229,7 @@ def drop_request(target: Any, key: Hashable) -> None:
         target: The transformer (or pipeline, or adapter) that the cache is enabled on.
         key: As given to :func:`request`.
     """
-    for controller in _controllers(target):
+    for controller in controllers_of(target):
         controller.requests.drop(key)
 
 
@@ -255,7 +248,7 @@ def limit_requests(target: Any, max_requests: int = 256, max_bytes: int | None =
     for name, value in (("max_requests", max_requests), ("max_bytes", 1 if max_bytes is None else max_bytes)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    for controller in _enabled("target", target):
+    for controller in enabled_controllers("target", target):
         controller.requests.limit(max_requests, max_bytes)
 
 
@@ -274,7 +267,7 @@ def enable_cuda_graphs(pipe_or_transformer: Any, max_graphs: int = 16) -> Any:
     Raises:
         ValueError: If the cache is not enabled there, its work is split among ranks, or ``max_graphs`` is below 1.
     """
-    controllers = _enabled("pipe_or_transformer", pipe_or_transformer)
+    controllers = enabled_controllers("pipe_or_transformer", pipe_or_transformer)
     graphs = [ForwardGraphs(controller, max_graphs) for controller in controllers]
     for controller, its in zip(controllers, graphs, strict=True):
         controller.graphs = its
@@ -292,104 +285,12 @@ def summary(adapter_or_others: Any, details: bool = False, logging: bool = True)
     Returns:
         One :class:`CacheStats` per transformer and section; empty where the cache is not enabled.
     """
-    controllers = _controllers(adapter_or_others)
+    controllers = controllers_of(adapter_or_others)
     stats = [entry for controller in controllers for entry in collect(controller)]
     if logging:
         print(format_table(stats, details) if stats else "the cache is not enabled here")
         print(*(f"{controller.graphs}\n" for controller in controllers if controller.graphs), sep="", end="")
     return stats
-
-
-class _Prepared(NamedTuple):
-    """What ``enable_cache`` has checked, and is to enable."""
-
-    pipe: Any
-    controllers: list[Controller]
-    transformers: list[nn.Module]
-    quantization: Quantization | None = None
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What must be the same on ranks that decide alike."""
-        cache = [str(settings) for controller in self.controllers for settings in controller.settings]
-        return {"cache": cache} | (self.quantization.fingerprint() if self.quantization else {})
-
-
-def _prepare(target: Any, common: Settings, params_modifiers: Any) -> _Prepared:
-    pipe, plans = _plans(target)
-    common.check()
-    if params_modifiers is None:
-        params_modifiers = [plan.modifiers for plan in plans]
-    counts = [len(plan.modifiers) for plan in plans]
-    controllers = [
-        _make_controller(plan, common, modifiers)
-        for plan, modifiers in zip(plans, modifiers_per_transformer(params_modifiers, counts), strict=True)
-    ]
-    return _Prepared(pipe, controllers, [plan.transformer for plan in plans])
-
-
-def _agree(target: Any, config: ParallelismConfig, prepare: Callable[[], _Prepared]) -> tuple[_Prepared, Parallelism]:
-    """Prepare on every rank, or raise on every rank."""
-    group = process_group(config)
-
-    def check() -> tuple[_Prepared, Parallelism]:
-        prepared = prepare()
-        if prepared.quantization is not None and config.tp_enabled():
-            raise ValueError("quantize_config cannot be combined with tp_size: quantized weights are not cut")
-        for controller in prepared.controllers:
-            if config.cp_enabled() and controller.tap is not None and controller.tap.sea is not None:
-                raise ValueError('metric must be "l1" under sequence parallelism: the filter of "sea" needs all tokens')
-        pipe = prepared.pipe if prepared.pipe is not None else getattr(target, "pipe", target)
-        return prepared, prepare_parallelism(prepared.transformers, pipe, config, group)
-
-    return agree(group, check, lambda both: both[0].fingerprint() | both[1].fingerprint())
-
-
-def _plans(target: Any) -> tuple[Any, list[TransformerPlan]]:
-    """The pipeline, if there is one, and a plan per transformer."""
-    adapter = target if isinstance(target, BlockAdapter) else BlockAdapterRegister.registered(target)
-    if adapter is not None:
-        return adapter.pipe, adapter.plans()
-    if isinstance(target, nn.Module):
-        return None, [plan_or_learn(target)]
-    transformers = find_transformers(target)
-    if not transformers:
-        raise TypeError(
-            "pipe_or_adapter must be a pipeline with a transformer, a torch.nn.Module or a BlockAdapter, "
-            f"got {type(target).__name__}"
-        )
-    return target, [plan_or_learn(transformer, target) for transformer in transformers]
-
-
-def _modules(target: Any) -> list[nn.Module]:
-    if isinstance(target, BlockAdapter):
-        modules = target.transformer if target.transformer is not None else getattr(target.pipe, "transformer", [])
-        return list(modules) if isinstance(modules, (list, tuple)) else [modules]
-    return [target] if isinstance(target, nn.Module) else list(find_transformers(target))
-
-
-def _controllers(target: Any) -> list[Controller]:
-    watched = None if isinstance(target, (BlockAdapter, nn.Module)) else PipelineWatch.of(target)
-    if watched is not None:
-        return watched.controllers
-    return [c for c in map(controller_of, _modules(target)) if c is not None]
-
-
-def _enabled(name: str, target: Any) -> list[Controller]:
-    controllers = _controllers(target)
-    if not controllers:
-        raise ValueError(f"{name}: the cache is not enabled on this {type(target).__name__}")
-    return controllers
-
-
-def _make_controller(plan: TransformerPlan, common: Settings, modifiers: Sequence[ParamsModifier | None]) -> Controller:
-    if plan.search is not None:  # lists are not known yet: one modifier stands for all of them
-        _, (settings,) = settings_per_section(common, modifiers, [[None]])
-        settings.check()
-        return LazyController(plan, settings)
-    groups, per_section = settings_per_section(common, modifiers, plan.sections)
-    for settings in per_section:
-        settings.check()
-    return Controller(plan._replace(sections=groups), per_section)
 
 
 def _announce(controller: Controller, pipe: Any) -> None:

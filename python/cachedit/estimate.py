@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .api import _controllers, _plans
 from .blocks import Section, run_sections
 from .body import SectionRun
 from .calibrator import CalibratorConfig
@@ -23,6 +22,7 @@ from .policy import Decision
 from .prune import SAMPLED
 from .request import Branch
 from .store import ResidualStore
+from .targets import controllers_of, plans_of
 from .teacache import TeaCacheConfig
 
 __all__ = ["MemoryEstimate", "estimate_memory"]
@@ -87,7 +87,7 @@ def estimate_memory(
         >>> estimate = cachedit.estimate_memory(pipe, DBCacheConfig(), 1024, 1024, TaylorSeerCalibratorConfig())
         >>> estimate.bytes
     """
-    pipe, plans = _plans(pipe_or_adapter)
+    pipe, plans = plans_of(pipe_or_adapter)
     unknown = [type(plan.transformer).__name__ for plan in plans if plan.search is not None]
     if unknown:
         raise ValueError(f"pipe_or_adapter: the blocks of {unknown[0]} are not known; describe them with BlockAdapter")
@@ -98,7 +98,7 @@ def estimate_memory(
     for plan, modifiers in zip(plans, modifiers_per_transformer(params_modifiers, counts), strict=True):
         groups, settings = settings_per_section(common, modifiers, plan.sections)
         probes.append(_Probe(plan._replace(sections=groups), settings))
-    before = _controllers(pipe_or_adapter)
+    before = controllers_of(pipe_or_adapter)
     for probe in probes:
         probe.attach()
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..api import _enabled
+from ..targets import enabled_controllers
 
 __all__ = ["decide_together"]
 
@@ -23,7 +23,7 @@ def decide_together(target: Any, group: Any) -> None:
     Raises:
         ValueError: If the cache is not enabled there; for TeaCache's ``metric="sea"``, whose filter needs all tokens.
     """
-    controllers = _enabled("target", target)
+    controllers = enabled_controllers("target", target)
     if group is not None and any(c.tap is not None and c.tap.sea is not None for c in controllers):
         raise ValueError('metric must be "l1" where ranks hold pieces of a sequence: the filter of "sea" needs all')
     for controller in controllers:
