@@ -335,3 +335,18 @@ def test_a_transformer_of_nunchaku_under_the_cache():
     assert reused(pipe) == [[1, 2], [1, 2]]  # a section for each list
     cachedit.disable_cache(pipe)
     torch.testing.assert_close(call_flux(pipe, 4), call_flux(plain, 4), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("offload", ["groups", "model"])
+def test_quantized_then_offloaded(offload):
+    from diffusers.hooks import apply_group_offloading
+
+    pipe, other, cpu = tiny_flux_pipeline(), tiny_flux_pipeline(), torch.device("cpu")
+    for each in (pipe, other):
+        cachedit.enable_cache(each, mask([1, 1, 0, 0]), quantize_config=QuantizeConfig(quant_type="int8_weight_only"))
+    if offload == "groups":
+        apply_group_offloading(pipe.transformer, cpu, cpu, offload_type="block_level", num_blocks_per_group=1)
+    else:
+        accelerate = pytest.importorskip("accelerate")
+        accelerate.cpu_offload_with_hook(pipe.transformer, cpu)
+    assert torch.equal(call_flux(pipe, 4), call_flux(other, 4)) and reused(pipe) == [[2, 3]]
