@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 
 .PHONY: demo test lint setup benchmark wheel clean
 
-demo: setup
+demo: $(VENV)/.demo
 	$(BIN)/cachedit demo --out demo
 
 test: setup
@@ -35,9 +35,13 @@ wheel: setup
 setup: $(READY)
 
 # torch is pinned: a newer one brings several GB of CUDA packages to machines that need none of them.
-$(READY): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
+$(VENV)/.demo: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q torch==2.13.0 "setuptools>=77" "cmake>=3.24" ninja
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[demo]"
+	touch $@
+
+$(READY): $(VENV)/.demo
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]"
 	touch $@
 
