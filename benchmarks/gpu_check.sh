@@ -3,19 +3,20 @@
 #
 #     [OUT=folder] [PYTHON=python3] benchmarks/gpu_check.sh [step ...]
 #
-# Steps: build tests operators demo (all of them without arguments). Results go to $OUT if set (logs, operators.csv,
-# exchange.csv, demo/), else the CSVs to benchmarks/results/. A step that fails does not stop the others; the exit status
+# Steps: build tests operators pipelines demo (all of them without arguments). Results go to $OUT if set (logs,
+# operators.csv, exchange.csv, pipelines.csv, demo/), else the CSVs to benchmarks/results/. A step that fails does not stop the others; the exit status
 # is then 1.
 set -u
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 python=${PYTHON:-python3}
-steps=${*:-build tests operators demo}
+steps=${*:-build tests operators pipelines demo}
 logs=${OUT:-$(mktemp -d)}
 mkdir -p "$logs"
 csv=${OUT:+$OUT/operators.csv}
 csv=${csv:-benchmarks/results/operators.csv}
 exchange=$(dirname "$csv")/exchange.csv
+pipelines=$(dirname "$csv")/pipelines.csv
 passed=() failed=() skipped=()
 
 step() { # name, command...: runs it, shows and keeps its output
@@ -83,6 +84,16 @@ if wants operators; then
     done
 fi
 
+if wants pipelines; then
+    if has diffusers; then
+        for model in "Wan 2.1 1.3B" Z-Image FLUX.1-dev Qwen-Image; do # a process each: 40 GB of weights in the last one
+            step "pipelines benchmark, $model" "$python" benchmarks/bench_pipelines.py --models "$model" --csv "$pipelines"
+        done
+    else
+        skipped+=("pipelines benchmark (diffusers is not installed)")
+    fi
+fi
+
 if wants demo; then
     if has diffusers && [ -d python/cachedit ]; then
         step demo "$python" -m cachedit demo --device cuda --out "$logs/demo"
@@ -92,7 +103,7 @@ if wants demo; then
 fi
 
 echo
-echo "=== summary (logs in $logs, operator figures in $csv and $exchange)"
+echo "=== summary (logs in $logs, figures in $csv, $exchange and $pipelines)"
 for name in "${passed[@]+"${passed[@]}"}"; do echo "passed   $name"; done
 for name in "${skipped[@]+"${skipped[@]}"}"; do echo "skipped  $name"; done
 for name in "${failed[@]+"${failed[@]}"}"; do echo "FAILED   $name"; done

@@ -42,5 +42,31 @@ def test_compile_benchmark_runs(tmp_path: Path) -> None:
     assert all(float(row["seconds"]) > 0 for row in rows.values())
 
 
+def test_pipelines_benchmark_runs(tmp_path: Path) -> None:
+    history = tmp_path / "pipelines.csv"
+    command = [sys.executable, ROOT / "benchmarks" / "bench_pipelines.py", "--tiny", "--models", "Wan 2.1 1.3B"]
+    command += ["--steps", "5", "--rounds", "1", "--dtype", "float32", "--device", "cpu", "--backend", "eager"]
+    subprocess.run([*command, "--caches", "cachedit", "FirstBlockCache", "--csv", history], check=True)
+    with history.open() as file:
+        rows = {(row["cache"], row["compiled"]): row for row in csv.DictReader(file)}
+    caches = ("none", "ideal", "cachedit", "FirstBlockCache")
+    assert set(rows) == {(cache, compiled) for cache in caches for compiled in ("False", "True")}
+    for (cache, _), row in rows.items():
+        assert row["computed"] == ("5" if cache == "none" else "4") and float(row["seconds"]) > 0
+        assert float(row["syncs"]) == (0.8 if cache == "FirstBlockCache" else 0)  # it measures all steps but the first
+        full = float(rows["none", row["compiled"]]["kernels"])
+        assert float(row["kernels"]) == full if cache == "none" else float(row["kernels"]) < full
+
+
+def test_policies_benchmark_runs(tmp_path: Path) -> None:
+    history = tmp_path / "policies.csv"
+    command = [sys.executable, ROOT / "benchmarks" / "bench_policies.py", "--csv", history]
+    subprocess.run([*command, "--steps", "10", "--rounds", "1"], check=True, capture_output=True)
+    with history.open() as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    assert rows["plain model, 10 steps"]["skipped"] == "0.0%"
+    assert float(rows["mask, TaylorSeer 1"]["psnr_db"]) > 20 and float(rows["mask, plain reuse"]["ms"]) > 0
+
+
 def test_gpu_check_is_valid_shell() -> None:
     subprocess.run(["bash", "-n", ROOT / "benchmarks" / "gpu_check.sh"], check=True)
