@@ -32,6 +32,7 @@ def test_defaults_are_the_ones_users_know():
         "steps_computation_policy": "dynamic",
         "force_refresh_step_hint": None,
         "force_refresh_step_policy": "once",
+        "residual_float8": False,
     }
     calibrator = TaylorSeerCalibratorConfig()
     assert (calibrator.enable_calibrator, calibrator.enable_encoder_calibrator, calibrator.taylorseer_order) == (

@@ -10,6 +10,7 @@ from cachedit import (
     DMDCalibratorConfig,
     FoCaCalibratorConfig,
     ParallelismConfig,
+    QuantizeConfig,
     TaylorSeerCalibratorConfig,
     load_configs,
 )
@@ -54,7 +55,7 @@ MEANING = {
         "cache_config": cache(),
         "calibrator_config": TAYLORSEER,
         "parallelism_config": parallel(**EXTRA),
-        "quantize_config": QUANTIZE,
+        "quantize_config": QuantizeConfig(**QUANTIZE),
     },
     "hybrid": {"cache_config": cache(), "calibrator_config": TAYLORSEER, "parallelism_config": parallel(**EXTRA)},
     "parallel": {"parallelism_config": parallel()},
@@ -65,8 +66,8 @@ MEANING = {
     "parallel_fp8": {"parallelism_config": parallel(ulysses_float8=True)},
     "parallel_uaa": {"parallelism_config": parallel(ulysses_anything=True)},
     "parallel_usp": {"parallelism_config": parallel(ring_size=2)},
-    "quantize": {"quantize_config": QUANTIZE},
-    "quantize_extra": {"quantize_config": QUANTIZE_EXTRA},
+    "quantize": {"quantize_config": QuantizeConfig(**QUANTIZE)},
+    "quantize_extra": {"quantize_config": QuantizeConfig(**QUANTIZE_EXTRA)},
 }  # fmt: skip
 
 

@@ -41,10 +41,10 @@ class Operators:
     slot: int | None = None
     weights: list[float] | None = None
 
-    def residual_push(self, before: Any, after: Any, ring: Any, slot: int) -> None:
+    def residual_push(self, before: Any, after: Any, ring: Any, slot: int, scales: Any = None) -> None:
         self.slot = slot
 
-    def residual_forecast(self, hidden: Any, ring: Any, weights: list[float], base: float) -> Any:
+    def residual_forecast(self, hidden: Any, ring: Any, weights: list[float], base: float, scales: Any = None) -> Any:
         self.weights = weights
         return hidden
 

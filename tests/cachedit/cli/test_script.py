@@ -72,7 +72,7 @@ print(__file__, sys.argv, sibling_of_the_script.here)
         ("raise EOFError('end')", 1, "EOFError: end\n"),
         ("def f():\n    1 / 0\nf()", 1, "ZeroDivisionError: division by zero\n"),
         ("x = = 1", 1, "SyntaxError: invalid syntax\n"),
-        ("from cache_dit import quantize", 1, "not available in this version yet: quantization\n"),
+        ("from cache_dit import layerwise_offload", 1, "not available in this version yet: layerwise offloading\n"),
     ],
 )
 def test_exit_codes(tmp_path, in_process, code, returned, error):
