@@ -10,8 +10,8 @@ take turns in one process.
 cachedit and cache_dit run the first block and forecast with TaylorSeer of order 1. FirstBlockCache has no masks: it
 measures each step as ever, and the mask overrules its answer; it reuses the last residual as it is. TaylorSeerCache
 skips all blocks, the first one included, and forecasts the last layer's output, so that it can beat the ideal, which
-runs the first block and no other in a reused step, and stores nothing. diffusers has neither for Z-Image. cache_dit gets
-the transformer by itself and finds its own adapter.
+runs the first block and no other in a reused step, and stores nothing. diffusers has neither for Z-Image.
+cache_dit gets the transformer by itself and finds its own adapter.
 """
 
 from __future__ import annotations
