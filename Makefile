@@ -25,7 +25,7 @@ benchmark: setup
 	$(BIN)/python benchmarks/bench_attention.py --device cpu
 	$(BIN)/python benchmarks/bench_engine.py
 	$(BIN)/python benchmarks/bench_compile.py
-	$(BIN)/python benchmarks/bench_policies.py
+	$(BIN)/python benchmarks/bench_policies.py --rounds 3
 	$(BIN)/python benchmarks/bench_pipelines.py --tiny --device cpu
 
 # The wheel, in dist/, and what is in it. Without nvcc it is a wheel for CPUs, which the check says and refuses.

@@ -10,8 +10,8 @@ take turns in one process.
 cachedit and cache_dit run the first block and forecast with TaylorSeer of order 1. FirstBlockCache has no masks: it
 measures each step as ever, and the mask overrules its answer; it reuses the last residual as it is. TaylorSeerCache
 skips all blocks, the first one included, and forecasts the last layer's output, so that it can beat the ideal, which
-runs the first block and no other in a reused step, and stores nothing. diffusers has neither for Z-Image. cache_dit
-gets the transformer by itself and finds its own adapter.
+runs the first block and no other in a reused step, and stores nothing. diffusers has neither for Z-Image.
+cache_dit gets the transformer by itself and finds its own adapter.
 """
 
 from __future__ import annotations
@@ -148,8 +148,9 @@ class Candidate:
         if backend:
             self.full = torch.compile(self.model, backend=backend)
             self.short = self.short and torch.compile(self.short, backend=backend)
-            for _ in range(2):
-                self()
+        for _ in range(2):  # compiles, and allocates what the cache keeps from request to request
+            self()
+        self.held = self._allocated() - self.before
 
     def __call__(self) -> None:
         self.begin()
@@ -193,11 +194,6 @@ class Candidate:
         self()
         request = torch.cuda.max_memory_allocated(self.device) - held
         return f"{(self.weights + self.held + request) / 2**20:.0f}"
-
-    def settle(self) -> None:
-        """Take note of what the cache keeps from request to request."""
-        self()
-        self.held = self._allocated() - self.before
 
     def _allocated(self) -> int:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
@@ -244,7 +240,6 @@ def measure(name: str, arguments: argparse.Namespace) -> Iterator[dict[str, obje
             expected = [1] * len(mask) if cache == "none" else mask
             if candidate.computed != expected:
                 raise RuntimeError(f"{name}, {cache}: the mask is {expected}, what ran is {candidate.computed}")
-            candidate.settle()
             candidates[cache, compiled] = candidate
     figures = {key: (candidate.peak_mb(), *candidate.calls()) for key, candidate in candidates.items()}
     cpu = torch.device("cpu")  # the host's clock: a request waits for the device itself

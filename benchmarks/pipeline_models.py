@@ -34,7 +34,7 @@ class PipelineModel(NamedTuple):
     inputs: Callable[[nn.Module, tuple[int, ...], int], Inputs]
 
     def build(self, tiny: bool, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Inputs]:
-        """The transformer, made on the device, and the inputs of a forward in the same dtype."""
+        """The transformer, made on the device in a dtype, and the inputs of a forward; buffers may be wider."""
         torch.manual_seed(0)
         default = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
@@ -44,7 +44,7 @@ class PipelineModel(NamedTuple):
                 inputs = self.inputs(model, self.tiny_size if tiny else self.size, 8 if tiny else self.text)
         finally:
             torch.set_default_dtype(default)
-        return model.to(dtype), inputs
+        return model, inputs
 
 
 def twin(model: nn.Module) -> nn.Module:
@@ -58,13 +58,13 @@ def twin(model: nn.Module) -> nn.Module:
 def flux(model: nn.Module, size: tuple[int, ...], text: int) -> Inputs:
     height, width = size
     config = model.config
-    grid = torch.cartesian_prod(torch.zeros(1), torch.arange(height).float(), torch.arange(width).float())
+    grid = torch.cartesian_prod(torch.arange(1), torch.arange(height), torch.arange(width))
     inputs = {
         "hidden_states": torch.randn(1, height * width, config.in_channels),
         "encoder_hidden_states": torch.randn(1, text, config.joint_attention_dim),
         "pooled_projections": torch.randn(1, config.pooled_projection_dim),
         "timestep": torch.tensor([0.5]),
-        "img_ids": grid,
+        "img_ids": grid.to(torch.get_default_dtype()),
         "txt_ids": torch.zeros(text, 3),
     }
     return inputs | ({"guidance": torch.tensor([3.5])} if config.guidance_embeds else {})

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 OPERATORS = {
     "bench_residual.py": ["residual_l1", "l1"] + ["residual_push"] * 3 + ["residual_push_float8"],
@@ -42,10 +44,11 @@ def test_compile_benchmark_runs(tmp_path: Path) -> None:
     assert all(float(row["seconds"]) > 0 for row in rows.values())
 
 
+@pytest.mark.slow
 def test_pipelines_benchmark_runs(tmp_path: Path) -> None:
     history = tmp_path / "pipelines.csv"
     command = [sys.executable, ROOT / "benchmarks" / "bench_pipelines.py", "--tiny", "--models", "Wan 2.1 1.3B"]
-    command += ["--steps", "5", "--rounds", "1", "--dtype", "float32", "--device", "cpu", "--backend", "eager"]
+    command += ["--steps", "5", "--rounds", "1", "--device", "cpu", "--backend", "eager"]
     subprocess.run([*command, "--caches", "cachedit", "FirstBlockCache", "--csv", history], check=True)
     with history.open() as file:
         rows = {(row["cache"], row["compiled"]): row for row in csv.DictReader(file)}
@@ -58,6 +61,7 @@ def test_pipelines_benchmark_runs(tmp_path: Path) -> None:
         assert float(row["kernels"]) == full if cache == "none" else float(row["kernels"]) < full
 
 
+@pytest.mark.slow
 def test_policies_benchmark_runs(tmp_path: Path) -> None:
     history = tmp_path / "policies.csv"
     command = [sys.executable, ROOT / "benchmarks" / "bench_policies.py", "--csv", history]
