@@ -11,10 +11,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-import cachedit_kernels as kernels
-
 from .blocks import Link, Site
 from .policy import Decision
+from .store import forecast_streams
 
 if TYPE_CHECKING:
     from .controller import Controller
@@ -34,9 +33,6 @@ class Forecast(NamedTuple):
     """As :class:`ResidualStore` has it."""
     scales: list[torch.Tensor] | None
     """Of rings in E4M3."""
-
-    def base(self, stream: int) -> float:
-        return 0.0 if self.keeps_outputs[stream] else 1.0
 
 
 class Seen(NamedTuple):
@@ -226,14 +222,5 @@ def _forecast(streams: Streams, forecast: Forecast) -> Streams:
     """The outputs of a reused body, as :meth:`ResidualStore.forecast` has them, with weights that are tensors."""
     hidden, second = streams
     inputs = [hidden, second][: len(forecast.rings)]  # of streams that the body drops there is nothing to forecast
-    if len(forecast.weights) == 1:
-        weights = forecast.weights[0]
-        outputs = kernels.residual_forecast(inputs, forecast.rings, weights, forecast.base(0), forecast.scales)
-    else:
-        outputs = [
-            kernels.residual_forecast(
-                [stream], [ring], forecast.weights[i], forecast.base(i), forecast.scales and [forecast.scales[i]]
-            )[0]
-            for i, (stream, ring) in enumerate(zip(inputs, forecast.rings, strict=True))
-        ]
+    outputs = forecast_streams(inputs, forecast.rings, forecast.weights, forecast.keeps_outputs, forecast.scales)
     return outputs[0], outputs[1] if len(outputs) == 2 else None if isinstance(second, torch.Tensor) else second

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import cachedit_kernels as kernels
 from .calibrator import CalibratorConfig
 from .forecast import FittedForecaster, make_forecaster
 
-__all__ = ["ResidualStore", "add_up", "allocate"]
+__all__ = ["ResidualStore", "add_up", "allocate", "forecast_streams"]
 
 
 class ResidualStore:
@@ -88,13 +88,7 @@ class ResidualStore:
 
     def forecast(self, step: int, streams: list[torch.Tensor]) -> list[torch.Tensor]:
         """Forecast the outputs of a reused step from its inputs: ``streams + sum_k weights[k] * rings[k]``."""
-        weights = self.weigh(step, len(streams))
-        if len(weights) == 1:
-            return kernels.residual_forecast(streams, self.rings, weights[0], self.base(0), self.scales)
-        return [
-            kernels.residual_forecast([stream], [ring], row, self.base(i), self._scales_of([i]))[0]
-            for i, (stream, ring, row) in enumerate(zip(streams, self.rings, weights, strict=True))
-        ]
+        return self._forecast(self.weigh(step, len(streams)), streams)
 
     def weigh(self, step: int, streams: int) -> list[list[float]]:
         """Return the weights of a forecast by slot: one row per stream, or one for all where they do not differ."""
@@ -116,16 +110,13 @@ class ResidualStore:
     def forecast_by(self, weights: torch.Tensor, streams: list[torch.Tensor]) -> list[torch.Tensor]:
         """What :meth:`forecast` does with the buffers, given :meth:`weights` as a float32 tensor ``[2, K]``."""
         plain = self.plain[: len(streams)]
-        if plain[0] == plain[-1]:
-            return kernels.residual_forecast(streams, self.rings, weights[int(plain[0])], self.base(0), self.scales)
-        return [
-            kernels.residual_forecast([stream], [ring], weights[int(p)], self.base(i), self._scales_of([i]))[0]
-            for i, (stream, ring, p) in enumerate(zip(streams, self.rings, plain, strict=True))
-        ]
+        kinds = plain[:1] if plain[0] == plain[-1] else plain
+        return self._forecast([weights[int(p)] for p in kinds], streams)
 
-    def base(self, stream: int) -> float:
-        """How much a stream's input counts in its forecast: not at all where outputs are kept."""
-        return 0.0 if self.keeps_outputs[stream] else 1.0
+    def _forecast(
+        self, weights: Sequence[Sequence[float] | torch.Tensor], streams: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        return forecast_streams(streams, self.rings, weights, self.keeps_outputs, self.scales)
 
     def _fitted(self, fitter: FittedForecaster, step: int, plain: tuple[bool, ...]) -> list[list[float]]:
         """Weights of each stream, fitted at the first reused step after a computed one.
@@ -159,6 +150,26 @@ class ResidualStore:
             slot = (slot or slots) - 1
             by_slot[slot] = weight
         return by_slot
+
+
+def forecast_streams(
+    streams: list[torch.Tensor],
+    rings: list[torch.Tensor],
+    weights: Sequence[Sequence[float] | torch.Tensor],
+    keeps_outputs: tuple[bool, bool],
+    scales: list[torch.Tensor] | None,
+) -> list[torch.Tensor]:
+    """Forecast streams from their rings: in one launch where one row of weights, by slot, serves them all.
+
+    An input does not count in its forecast where outputs are kept in place of residuals.
+    """
+    base = [0.0 if kept else 1.0 for kept in keeps_outputs]
+    if len(weights) == 1:
+        return kernels.residual_forecast(streams, rings, weights[0], base[0], scales)
+    return [
+        kernels.residual_forecast([stream], [rings[i]], row, base[i], scales and [scales[i]])[0]
+        for i, (stream, row) in enumerate(zip(streams, weights, strict=True))
+    ]
 
 
 def add_up(sums: torch.Tensor, group: Any) -> torch.Tensor:

@@ -27,6 +27,8 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .groups import all_gather
+
 __all__ = ["SUPPORTED", "Handle", "check_tiles", "share_tiles"]
 
 # Classes of diffusers whose shared results are proved equal. docs/parallel-vae.md says why others are left out.
@@ -355,7 +357,7 @@ def _gather(
         torch.cat(flat, out=sent[: sum(map(torch.numel, flat))])
     received = sent.new_empty(len(sizes), max(sizes))
     # As bytes, since not every backend knows every dtype.
-    dist.all_gather_into_tensor(received.view(torch.uint8).flatten(), sent.view(torch.uint8), group=group)
+    all_gather(received.view(torch.uint8).flatten(), sent.view(torch.uint8), group=group)
     # Copied out, laid out and aligned as the coder would have it: convolutions that follow could round otherwise.
     return [
         torch.empty_strided(call.shape, call.stride, dtype=call.dtype, device=call.device).copy_(
