@@ -1,6 +1,6 @@
 """Host time and operator calls of the cache itself, around 57 blocks that do nothing.
 
-    python benchmarks/bench_engine.py [--rounds 15] [--csv PATH]
+    python benchmarks/bench_engine.py [--device cuda] [--rounds 200] [--csv PATH]
 
 Rows: a step that is computed, one that is measured and reused, one that a static mask reuses; ours and, where they are
 installed, cache_dit and diffusers' FirstBlockCache on the same model, in turns in one process. "above 57" is the time
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import datetime
 import io
 import logging
@@ -26,12 +25,10 @@ from torch.profiler import ProfilerActivity, profile
 import cachedit
 from cachedit import BlockAdapter, DBCacheConfig, ForwardPattern, TaylorSeerCalibratorConfig
 from cachedit_kernels.testing.timing import paired_medians
-from common import device_name
+from common import append, device_name
 
 RESULTS = Path(__file__).parent / "results" / "engine.csv"
-COLUMNS = ("date", "device", "torch", "engine", "step", "microseconds", "above_57_us", "above_own_us", "operators")
 FOREVER = 10**9
-STREAMS = (torch.randn(1, 16, 8), torch.randn(1, 4, 8))
 STEPS = {
     "computed": {"max_continuous_cached_steps": 0},
     "reused": {"residual_diff_threshold": 1.0},
@@ -40,7 +37,6 @@ STEPS = {
         "steps_computation_policy": "static",
     },
 }
-ONE = torch.ones(())
 FIRST_BLOCK_THRESHOLDS = {"computed": -1.0, "reused": 1.0}
 
 
@@ -53,7 +49,7 @@ class FirstBlock(nn.Module):
     """Has a residual, the same at each step: what is measured is 0, not 0 / 0."""
 
     def forward(self, hidden_states, encoder_hidden_states):
-        return encoder_hidden_states, hidden_states + ONE
+        return encoder_hidden_states, torch.neg(hidden_states)
 
 
 class Loop(nn.Module):
@@ -141,50 +137,46 @@ def operators(step: Callable[[], object]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=200, help="turns that each candidate takes; medians are reported")
     parser.add_argument("--csv", type=Path, default=RESULTS, help="history to add to (default: %(default)s)")
     arguments = parser.parse_args()
 
+    device = torch.device(arguments.device)
+    streams = torch.randn(1, 16, 8, device=device), torch.randn(1, 4, 8, device=device)
     models: dict[tuple[str, str], nn.Module | None] = {}
     models["none", "bare loop"], models["none", "first block"] = Loop(), Loop(1, 0)
     for step, settings in STEPS.items():
         models["cachedit", step] = ours(settings)
         models["cache_dit", step] = peer(settings)
         models["FirstBlockCache", step] = first_block_cache(step)
-    candidates = {key: (lambda model=model: model(*STREAMS)) for key, model in models.items() if model is not None}
-    cpu = torch.device("cpu")
+    candidates = {key: (lambda model=model: model(*streams)) for key, model in models.items() if model is not None}
     with torch.no_grad():
         counts = {}
         for key, run in candidates.items():
             for _ in range(3):  # the first steps allocate
                 run()
             counts[key] = operators(run) - 1  # that of the first block
-        seconds = paired_medians({str(key): run for key, run in candidates.items()}, cpu, arguments.rounds)
-    arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-    new = not arguments.csv.exists()
-    with arguments.csv.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        print(f"{'engine':>16} {'step':>20} {'us':>7} {'above 57':>9} {'above own':>10} {'operators':>10}")
-        for key in candidates:
-            engine, step = key
-            own = "bare loop" if step == "computed" else "first block"
-            us, whole, run = (1e6 * seconds[str(name)] for name in (key, ("none", "bare loop"), ("none", own)))
-            row = {
-                "date": datetime.date.today().isoformat(),
-                "device": device_name(cpu),
-                "torch": torch.__version__,
-                "engine": engine,
-                "step": step,
-                "microseconds": f"{us:.1f}",
-                "above_57_us": "" if engine == "none" else f"{us - whole:.1f}",
-                "above_own_us": "" if engine == "none" else f"{us - run:.1f}",
-                "operators": counts[key],
-            }
-            writer.writerow(row)
-            print(f"{engine:>16} {step:>20} {row['microseconds']:>7} {row['above_57_us']:>9} "
-                  f"{row['above_own_us']:>10} {row['operators']:>10}")  # fmt: skip
+        seconds = paired_medians({str(key): run for key, run in candidates.items()}, device, arguments.rounds)
+    print(f"{'engine':>16} {'step':>20} {'us':>7} {'above 57':>9} {'above own':>10} {'operators':>10}")
+    for key in candidates:
+        engine, step = key
+        own = "bare loop" if step == "computed" else "first block"
+        us, whole, run = (1e6 * seconds[str(name)] for name in (key, ("none", "bare loop"), ("none", own)))
+        row = {
+            "date": datetime.date.today().isoformat(),
+            "device": device_name(device),
+            "torch": torch.__version__,
+            "engine": engine,
+            "step": step,
+            "microseconds": f"{us:.1f}",
+            "above_57_us": "" if engine == "none" else f"{us - whole:.1f}",
+            "above_own_us": "" if engine == "none" else f"{us - run:.1f}",
+            "operators": counts[key],
+        }
+        append(arguments.csv, row)
+        print(f"{engine:>16} {step:>20} {row['microseconds']:>7} {row['above_57_us']:>9} "
+              f"{row['above_own_us']:>10} {row['operators']:>10}")  # fmt: skip
 
 
 if __name__ == "__main__":

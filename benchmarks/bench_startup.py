@@ -11,7 +11,6 @@ compiles its kernels in a new process unless its disk cache has them: "triton, e
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import importlib.util
 import json
@@ -24,11 +23,10 @@ from pathlib import Path
 
 import torch
 
-from common import device_name
+from common import append, device_name
 
 RESULTS = Path(__file__).parent / "results" / "startup.csv"
 PARTS = ("import", "enable", "first", "second")
-COLUMNS = ("date", "device", "torch", "engine", "operators", *(f"{part}_ms" for part in PARTS), "total_ms")
 # Run with the device as its argument; the class is bench_engine's in shape, small, and knows neither engine.
 SCRIPT = """
 import contextlib, io, json, logging, sys, time
@@ -119,21 +117,15 @@ def main() -> None:
     for _ in range(arguments.processes):
         for key, (script, environment) in candidates(arguments.device).items():
             times[key].append(run(script, arguments.device, environment))
-    arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-    new = not arguments.csv.exists()
-    with arguments.csv.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        print(f"{'engine':>10} {'operators':>20}" + "".join(f"{part + ', ms':>12}" for part in (*PARTS, "total")))
-        for (engine, operators), rows in times.items():
-            figures = [statistics.median(part) for part in zip(*rows, strict=True)]
-            figures.append(statistics.median(map(sum, rows)))
-            row = {"engine": engine, "operators": operators, "torch": torch.__version__}
-            row |= {"date": datetime.date.today().isoformat(), "device": device_name(torch.device(arguments.device))}
-            row |= {f"{part}_ms": f"{ms:.1f}" for part, ms in zip((*PARTS, "total"), figures, strict=True)}
-            writer.writerow(row)
-            print(f"{engine:>10} {operators:>20}" + "".join(f"{ms:>12.1f}" for ms in figures))
+    print(f"{'engine':>10} {'operators':>20}" + "".join(f"{part + ', ms':>12}" for part in (*PARTS, "total")))
+    for (engine, operators), measured in times.items():
+        figures = [statistics.median(part) for part in zip(*measured, strict=True)]
+        figures.append(statistics.median(map(sum, measured)))
+        row = {"engine": engine, "operators": operators, "torch": torch.__version__}
+        row |= {"date": datetime.date.today().isoformat(), "device": device_name(torch.device(arguments.device))}
+        row |= {f"{part}_ms": f"{ms:.1f}" for part, ms in zip((*PARTS, "total"), figures, strict=True)}
+        append(arguments.csv, row)
+        print(f"{engine:>10} {operators:>20}" + "".join(f"{ms:>12.1f}" for ms in figures))
 
 
 if __name__ == "__main__":
