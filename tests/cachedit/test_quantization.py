@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
 from torch import nn
 
 import cachedit
@@ -177,6 +176,34 @@ def test_layers_that_are_quantized_stay(caplog):
     assert "60 linear layers are quantized or cut already, and stay as they are" in caplog.text
 
 
+def test_adapters_of_peft_stay_and_can_still_be_switched():
+    peft = pytest.importorskip("peft")
+    pipe, plain, without = (tiny_flux_pipeline() for _ in range(3))
+    for each in (pipe, plain):
+        torch.manual_seed(1)
+        adapter = peft.LoraConfig(r=4, target_modules=["to_q", "proj_mlp"], init_lora_weights=False)
+        each.transformer.add_adapter(adapter)
+    with torch.no_grad():
+        expected = call_flux(plain, 4)
+    cachedit.enable_cache(pipe, mask([1, 1, 0, 0]), quantize_config=QuantizeConfig(quant_type="int8_weight_only"))
+    names = quantized(pipe.transformer)
+    assert "transformer_blocks.0.attn.to_q.base_layer" in names and not any("lora_" in name for name in names)
+    cachedit.disable_cache(pipe)
+    assert 0 < distance(call_flux(pipe, 4), expected) < BOUNDS["int8_weight_only"]
+    assert distance(expected, call_flux(without, 4)) > 10 * BOUNDS["int8_weight_only"]
+    pipe.transformer.disable_adapters()
+    quantize(without, quant_type="int8_weight_only")
+    assert torch.equal(call_flux(pipe, 4), call_flux(without, 4))
+    pipe.transformer.delete_adapters("default")
+    assert torch.equal(call_flux(pipe, 4), call_flux(without, 4))
+
+
+def test_adapters_by_other_names_stay():
+    model = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("to_q", "lora_down", "lora_up", "explora")})
+    quantize(model, quant_type="int8", filter_fn=lambda layer, name: True)
+    assert quantized(model) == ["to_q", "explora"]
+
+
 def test_sizes_that_do_not_fit_stay():
     model = nn.Sequential(nn.Linear(32, 8), nn.Linear(8, 32))
     quantize(model, quant_type="int4")
@@ -285,56 +312,6 @@ def test_on_a_gpu(quant_type):
     expected = layer(x)
     quantize(layer, quant_type=quant_type)
     assert 0 < distance(layer(x).float(), expected.float()) < (0.15 if "int4" in quant_type else 0.06)
-
-
-class JoinedSingleBlock(nn.Module):
-    """Takes and returns both streams as one, as Nunchaku's single blocks do."""
-
-    def __init__(self, block):
-        super().__init__()
-        self.block = block
-
-    def forward(self, hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None):
-        text, image = self.block(hidden_states[:, 5:], hidden_states[:, :5], temb, image_rotary_emb)
-        return torch.cat([text, image], dim=1)
-
-
-class NunchakuFluxTransformer2DModelV2(FluxTransformer2DModel):
-    """A stand-in: Nunchaku's class and base class, its blocks' signatures, its loops."""
-
-    def patch(self):
-        for i, block in enumerate(self.single_transformer_blocks):
-            self.single_transformer_blocks[i] = JoinedSingleBlock(block)
-        return self
-
-    def forward(self, hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids,
-                guidance=None, joint_attention_kwargs=None, return_dict=True):  # fmt: skip
-        hidden_states = self.x_embedder(hidden_states)
-        temb = self.time_text_embed(timestep * 1000, pooled_projections)
-        encoder_hidden_states = self.context_embedder(encoder_hidden_states)
-        rotary = self.pos_embed(torch.cat((txt_ids, img_ids)))
-        for block in self.transformer_blocks:
-            encoder_hidden_states, hidden_states = block(
-                hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states, temb=temb,
-                image_rotary_emb=rotary, joint_attention_kwargs=joint_attention_kwargs)  # fmt: skip
-        tokens = encoder_hidden_states.shape[1]
-        hidden_states = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        for block in self.single_transformer_blocks:
-            hidden_states = block(hidden_states=hidden_states, temb=temb, image_rotary_emb=rotary,
-                                  joint_attention_kwargs=joint_attention_kwargs)  # fmt: skip
-        return (self.proj_out(self.norm_out(hidden_states[:, tokens:], temb)),)
-
-
-def test_a_transformer_of_nunchaku_under_the_cache():
-    pipe, plain = tiny_flux_pipeline(), tiny_flux_pipeline()
-    pipe.transformer.__class__ = NunchakuFluxTransformer2DModelV2
-    pipe.transformer.patch()
-    torch.testing.assert_close(call_flux(pipe, 4), call_flux(plain, 4), rtol=1e-4, atol=1e-5)
-    cachedit.enable_cache(pipe, mask([1, 0, 0, 1]))
-    assert 1e-4 < distance(call_flux(pipe, 4), call_flux(plain, 4)) < 0.5
-    assert reused(pipe) == [[1, 2], [1, 2]]  # a section for each list
-    cachedit.disable_cache(pipe)
-    torch.testing.assert_close(call_flux(pipe, 4), call_flux(plain, 4), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("offload", ["groups", "model"])

@@ -34,7 +34,7 @@ class QuantizeConfig:
         quant_type: ``float8_per_row`` (``float8``), ``float8_per_tensor``, ``float8_per_block``
             (``float8_blockwise``), ``float8_weight_only``, ``int8_per_row`` (``int8``), ``int8_per_tensor``,
             ``int8_weight_only``, ``int4``, ``int4_weight_only``; docs/quantization.md says what each needs.
-        exclude_layers: Layers with any of these in their dotted name stay as they are.
+        exclude_layers: Layers with any of these in their dotted name stay as they are; LoRA adapters always do.
         regional_quantize: Quantize only the repeated blocks: ``repeated_blocks``, or else the block lists of the model
             table, or else what diffusers names; a model without any of them whole.
         repeated_blocks: Class names of the blocks.
