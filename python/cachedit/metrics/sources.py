@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import re
 from collections.abc import Iterator
@@ -62,7 +63,8 @@ def read_pairs(name: str, true: Media, test: Media) -> Iterator[Pair]:
     """Read two files: one pair of pictures, or a pair per frame of two videos, as far as the shorter one goes.
 
     Raises:
-        ValueError: If the sizes differ, or one is a video and the other is not.
+        ValueError: If the sizes differ, one is a video and the other is not, or a video cannot be read.
+        ImportError: For a video without a package that reads it.
     """
     if not _is_video(true) and not _is_video(test):
         yield _pair(name, read_picture(true), read_picture(test))
@@ -89,17 +91,23 @@ def read_picture(picture: Media) -> torch.Tensor:
 
 
 def _frames(video: Any) -> Iterator[torch.Tensor]:
+    """Frames as uint8 [3, H, W], by imageio and one of the packages that it reads videos with."""
     try:
         import imageio.v3
 
         frames = imageio.v3.imiter(video)
-        first = next(frames)
+        first = next(frames, None)
+    except FileNotFoundError:
+        raise
     except (ImportError, OSError, ValueError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise ImportError(
-            f"{video} could not be opened; reading videos needs pip install 'cachedit-kernels[video]': {error}"
-        ) from error
+        if not any(importlib.util.find_spec(package) for package in ("imageio_ffmpeg", "av")):
+            raise ImportError(
+                f"{video} could not be opened; reading videos needs imageio with imageio-ffmpeg or av: "
+                "pip install 'cachedit-kernels[video]'"
+            ) from error
+        raise ValueError(f"{video} cannot be read as a video: {str(error).strip().splitlines()[0]}") from error
+    if first is None:
+        raise ValueError(f"{video} has no frames")
     yield read_picture(first[..., :3])
     for frame in frames:
         yield read_picture(frame[..., :3])
