@@ -35,6 +35,14 @@ def test_only_this_transformer_changes(of):
     torch.testing.assert_close(call_flux(pipe, 2), baseline, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # flex attention is for torch.compile
+@pytest.mark.parametrize("name", ["_native_math", "_native_flash", "flex"])
+def test_backends_of_torch_draw_the_same(name):
+    pipe, baseline = tiny_flux_pipeline(), call_flux(tiny_flux_pipeline(), 2)
+    set_attn_backend(pipe, name)
+    torch.testing.assert_close(call_flux(pipe, 2), baseline, rtol=1e-4, atol=1e-5)
+
+
 def test_while_the_cache_is_enabled(monkeypatch):
     pipe = tiny_flux_pipeline()
     cachedit.enable_cache(pipe, DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=1, residual_diff_threshold=9.0))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 
-__all__ = ["Media", "Pair", "matched_files", "media_files", "read_pairs", "read_picture"]
+__all__ = ["Media", "Pair", "existing", "matched_files", "media_files", "read_pairs", "read_picture"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,13 +37,17 @@ def matched_files(true: Media, test: Media) -> list[tuple[str, Media, Media]]:
     Raises:
         ValueError: If one is a folder and the other is not, or they share no file.
         FileNotFoundError: For a path that does not exist.
+        TypeError: For what is neither a path nor an array.
     """
-    folders = [not isinstance(media, numpy.ndarray) and _existing(media).is_dir() for media in (true, test)]
+    sides = {"image_true": true, "image_test": test}
+    folders = [not isinstance(media, numpy.ndarray) and existing(media, side).is_dir() for side, media in sides.items()]
     if not any(folders):
         return [("array" if isinstance(test, numpy.ndarray) else Path(test).name, true, test)]
     if not all(folders) or isinstance(true, numpy.ndarray) or isinstance(test, numpy.ndarray):
         raise ValueError("image_true and image_test must both be folders, or neither")
     names = [file.relative_to(true) for file in media_files(true)]
+    if not names:
+        raise ValueError(f"image_true: there is no picture or video in {true}")
     found = [name for name in names if (Path(test) / name).is_file()]
     if not found:
         raise ValueError(f"image_test: {test} has no picture or video with the name of one in {true}")
@@ -87,6 +91,8 @@ def read_picture(picture: Media) -> torch.Tensor:
             picture = numpy.asarray(opened.convert("RGB"))
     if picture.ndim != 3 or picture.shape[2] != 3 or not numpy.issubdtype(picture.dtype, numpy.integer):
         raise ValueError(f"a picture must be an array [H, W, 3] of integers, got {picture.dtype} {list(picture.shape)}")
+    if picture.dtype != numpy.uint8 and picture.size and not 0 <= picture.min() <= picture.max() <= 255:
+        raise ValueError(f"a picture must be of integers from 0 to 255, got {picture.min()} to {picture.max()}")
     return torch.from_numpy(picture.astype(numpy.uint8)).permute(2, 0, 1).contiguous()
 
 
@@ -120,11 +126,13 @@ def _pair(name: str, true: torch.Tensor, test: torch.Tensor) -> Pair:
     return Pair(name, true, test)
 
 
-def _existing(path: str | Path) -> Path:
-    path = Path(path)
-    if not path.exists():
+def existing(path: Any, argument: str) -> Path:
+    """The path of a file or folder. FileNotFoundError where there is none, TypeError for what is no path."""
+    if not isinstance(path, (str, Path)):
+        raise TypeError(f"{argument} must be a path or an array [H, W, 3] of integers, got {type(path).__name__}")
+    if not Path(path).exists():
         raise FileNotFoundError(f"there is no file or folder {path}")
-    return path
+    return Path(path)
 
 
 def _is_video(media: Media) -> bool:

@@ -139,7 +139,8 @@ def test_videos_of_different_lengths(tmp_path, caplog):
 
 def test_what_cannot_be_compared(tmp_path):
     true, other = save(tmp_path / "true", TRUE), save(tmp_path / "other", TEST, ("x.png", "y.png", "z.png"))
-    video = save_video(tmp_path / "v.gif", TRUE)
+    video, empty = save_video(tmp_path / "v.gif", TRUE), tmp_path / "empty"
+    empty.mkdir()
     for a, b, error, message in [
         (true, other, ValueError, "has no picture or video with the name of one in"),
         (true, f"{other}/x.png", ValueError, "must both be folders, or neither"),
@@ -147,7 +148,14 @@ def test_what_cannot_be_compared(tmp_path):
         (TRUE[0], TEST[0][:8], ValueError, r"as large as image_true, \[3, H, W\] = \[3, 24, 32\], got \[3, 8, 32\]"),
         (TRUE[0], TEST[0] / 255, ValueError, r"an array \[H, W, 3\] of integers, got float64 \[24, 32, 3\]"),
         (video, f"{other}/x.png", ValueError, "must both be videos, or neither"),
+        (TRUE[0].astype(int) + 99, TEST[0], ValueError, "of integers from 0 to 255, got 99 to 354"),
+        (None, TEST[0], TypeError, r"image_true must be a path or an array \[H, W, 3\] of integers, got NoneType"),
+        (TRUE[0], [TEST[0]], TypeError, "image_test must be a path or an array .*, got list"),
+        (str(empty), true, ValueError, "image_true: there is no picture or video in"),
         ("nowhere", true, FileNotFoundError, "there is no file or folder nowhere"),
     ]:
         with pytest.raises(error, match=message):
             metrics.compute_psnr(a, b)
+    with pytest.raises(ValueError, match=r"ssim needs pictures of at least 6 pixels on each side, got \[5, 32\]"):
+        metrics.compute_ssim(TRUE[0][:5], TEST[0][:5])
+    assert metrics.compute_ssim(TRUE[0][:6], TRUE[0][:6]) == (1, 1)
