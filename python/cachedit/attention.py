@@ -100,7 +100,7 @@ def _check(name: str, transformer: nn.Module) -> None:
     if name in _MASKLESS and any(cls.__name__ in _MASKED for cls in type(transformer).__mro__):
         raise RuntimeError(f"it takes no mask, and {model} is always called with one")
     if name != "native" and not _processors(transformer):
-        raise RuntimeError(f"{model} does not call diffusers' dispatcher, and always uses torch's own attention")
+        raise RuntimeError(f"{model} has no attention whose backend can be set")
 
 
 def _usable(transformers: list[nn.Module]) -> list[str]:

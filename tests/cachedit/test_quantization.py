@@ -152,6 +152,13 @@ def test_precision_plan():
     assert found["x_embedder"] == "Parameter"
 
 
+def test_a_precision_plan_for_whole_models_is_not_looked_at_and_said_so(caplog):
+    model = nn.Sequential(nn.Linear(32, 32))
+    with caplog.at_level(logging.WARNING, "cachedit"):
+        quantize(model, quant_type="int8", regional_quantize=False, precision_plan={"0": "int4"})
+    assert kinds(model) == {"0": "Int8Tensor"} and "precision_plan is for regional_quantize=True" in caplog.text
+
+
 def test_components_of_a_pipeline():
     pipe = tiny_flux_pipeline()
     pipe.text_encoder = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))

@@ -87,6 +87,8 @@ def prepare_quantization(target: Any, config: QuantizeConfig) -> Quantization:
             f"quantization needs torchao, which cannot be imported ({error}): "
             'pip install "cachedit-kernels[quantization]"'
         ) from error
+    if config.precision_plan and not config.regional_quantize:
+        logger.warning("precision_plan is for regional_quantize=True, and is not looked at")
     layers = [
         layer for module, component_config in _components(target, config) for layer in _select(module, component_config)
     ]
