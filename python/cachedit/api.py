@@ -90,14 +90,14 @@ def enable_cache(
         prepared, parallel = prepare(), None
     else:
         prepared, parallel = agree_on(pipe_or_adapter, parallelism_config, prepare)
-    if prepared.quantization is not None:
-        prepared.quantization.apply()
     if parallel is not None and parallel.config.attention_backend is not None:
         attention_backend = parallel.config.attention_backend
     if attention_backend is not None:
         for transformer in prepared.transformers if parallel is not None else ():
             disable_parallelism(transformer)  # it holds the backend's place
         set_attention_backend(prepared.transformers, attention_backend)
+    if prepared.quantization is not None:
+        prepared.quantization.apply()
     if parallel is not None:
         from .parallel.apply import enable_parallelism
 
