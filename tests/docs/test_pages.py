@@ -120,7 +120,6 @@ NAMES_OF = {
     },
     "docs/parallel-vae.md": {
         "pipe": flux,
-        "group": lambda: torch.distributed.group.WORLD,
         "latents": lambda: states(1, 2, 128, 128),
     },
     "docs/policies.md": {"wan_pipe": wan},
@@ -181,6 +180,13 @@ def test_links_lead_somewhere(page):
         name, _, anchor = target.partition("#")
         path = (ROOT / page).parent / name if name else ROOT / page
         assert path.exists() and (not anchor or anchor in anchors(path)), target
+
+
+def test_architecture_has_every_module():
+    page = (ROOT / "docs/architecture.md").read_text()
+    modules = (ROOT / "python/cachedit").glob("[!_]*")
+    names = [path.name + "/" * path.is_dir() for path in modules if path.suffix in ("", ".py")]
+    assert [name for name in names if f"`{name}`" not in page] == []
 
 
 def run_python(page: str, block: Block, names: dict[str, Any]) -> None:
