@@ -12,6 +12,7 @@ import json
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,6 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import cachedit
-from cachedit import attention
 from cachedit.cli.app import app
 from cachedit.integrations.vllm_omni import CacheDiTBackend
 from cachedit.models import signals
@@ -36,6 +36,9 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
 
 
+FENCE = re.compile(r"^ *```([^\n]*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+
+
 class Block(NamedTuple):
     line: int  # of its first line, from 1
     language: str
@@ -44,8 +47,7 @@ class Block(NamedTuple):
 
 def blocks(page: str) -> list[Block]:
     text = (ROOT / page).read_text()
-    fences = re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return [Block(text.count("\n", 0, fence.start(2)) + 1, fence[1], fence[2]) for fence in fences]
+    return [Block(text.count("\n", 0, fence.start(2)) + 1, fence[1], fence[2]) for fence in FENCE.finditer(text)]
 
 
 # Blocks that are not run here, by page and how they begin.
@@ -136,7 +138,6 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(diffusers.FluxPipeline, "from_pretrained", embedded)
     monkeypatch.setattr(signals, "SIGNALS", dict(signals.SIGNALS))
-    monkeypatch.setattr(attention, "_check_device", lambda name: None)
     with ranks(8):
         yield tmp_path
 
@@ -164,8 +165,8 @@ def test_what_is_listed_is_there_and_elsewhere():
 @pytest.mark.parametrize("page", PAGES)
 def test_code_is_in_fences(page):
     """Blocks that are indented instead would escape."""
-    prose = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
-    assert not re.findall(r"\n\n    \S.*", prose)
+    prose = FENCE.sub("", (ROOT / page).read_text())
+    assert not re.findall(r"\n\n    \S.*", prose) and "```" not in prose
 
 
 def anchors(page: Path) -> set[str]:
@@ -216,6 +217,7 @@ def run_shell(page: str, block: Block, names: dict[str, Any]) -> None:
             variables = {}
             while re.match(r"[A-Z_]+=", words[0]):
                 name, _, variables[name] = words.pop(0).partition("=")
+            assert words[0] in COMMANDS, f"{page}: nothing is known of the command {words[0]}"
             COMMANDS[words[0]](words[1:], variables)
 
 
@@ -236,11 +238,12 @@ class Parsed(Exception):
 
 
 def python_command(words: list[str], variables: dict[str, str]) -> None:
-    """Scripts run until they have parsed their arguments."""
-    if words[:2] == ["-m", "cachedit"]:
-        assert words[2] == "run"
-        Path(words[3]).write_text("import sys, cache_dit\nsys.exit(cache_dit.__name__ != 'cache_dit')")
-        return cachedit_command(words[2:], variables)
+    """Scripts run until they have parsed their arguments; `-m cachedit run` runs one that says what it got."""
+    if words[:3] == ["-m", "cachedit", "run"]:
+        Path(words[3]).write_text("import sys, cache_dit\nprint(cache_dit.enable_cache.__module__, *sys.argv[1:])")
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
+        assert done.stdout.split() == ["cachedit.api", *words[4:]]
+        return
     parse = argparse.ArgumentParser.parse_args
 
     def parse_args(*args: Any) -> None:
