@@ -92,7 +92,7 @@ def prepare_quantization(target: Any, config: QuantizeConfig) -> Quantization:
     layers = [
         layer for module, component_config in _components(target, config) for layer in _select(module, component_config)
     ]
-    for kind, layer in {_kind(layer): layer for layer in layers}.items():
+    for kind, layer in {_kind(layer): layer for layer in reversed(layers)}.items():  # the first of each kind
         _try(layer, kind)
     return Quantization(config, layers)
 
