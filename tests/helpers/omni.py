@@ -203,4 +203,4 @@ class Transformer(nn.Module):
 def transformer(name: str) -> Transformer:
     """A stand-in for one of :data:`MODELS`, with its class name, and always with the same weights."""
     torch.manual_seed(0)
-    return type(name, (Transformer,), {})(MODELS[name]).eval()
+    return type(name, (Transformer,), {"__module__": "vllm_omni.diffusion.models"})(MODELS[name]).eval()

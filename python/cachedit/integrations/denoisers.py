@@ -106,7 +106,7 @@ DENOISERS: dict[str, tuple[Denoiser, ...]] = {
     "Cosmos3OmniPipeline": (Denoiser(paired=True),),
     "DreamIDOmniPipeline": (Denoiser("model", {"fused_blocks": P0}, in_turn=True),),
     "ErnieImagePipeline": (Denoiser(blocks={"layers": P3}, check=False),),
-    "Flux2KleinPipeline": (_FLUX2._replace(modifiers=[{"Fn_compute_blocks": 2}]),),
+    "Flux2KleinPipeline": (_FLUX2,),
     "Flux2Pipeline": (_FLUX2,),
     "FluxDMD2Pipeline": (_FLUX,),
     "FluxKontextPipeline": (_FLUX,),
