@@ -229,7 +229,7 @@ def plan_for(transformer: nn.Module, pipe: Any = None) -> TransformerPlan:
             "with BlockAdapter(transformer=..., blocks=..., forward_pattern=...)"
         )
     sections = [
-        [NamedBlocks(item.name, _get_list("", transformer, item.name), item.pattern, item.streams) for item in group]
+        [_named(transformer, item.name, _get_list("", transformer, item.name), item.pattern) for item in group]
         for group in entry.sections
     ]
     separate = calls_branches_in_turn(pipe, transformer)

@@ -122,7 +122,9 @@ def test_adapters_that_change_blocks(cache_dit):
             raise AssertionError
 
     model = QwenImageTransformer2DModel()
-    with pytest.raises(NotImplementedError, match="^Other changes how cache_dit runs blocks, .* are known: BagelCachedAda"):
+    with pytest.raises(
+        NotImplementedError, match=r"^Other changes how cache_dit runs blocks, .* are known: BagelCachedAda"
+    ):
         Other.apply(model, cache_config=DBCacheConfig(Fn_compute_blocks=1))
     assert controller_of(model) is None
     Same.apply(model, cache_config=DBCacheConfig(Fn_compute_blocks=1))

@@ -240,7 +240,9 @@ def test_what_a_transformer_declares():
     declared.cached_adapter_cls = type("BagelCachedAdapter", (), {})
     CacheDiTBackend().enable(pipe)
     declared.cached_adapter_cls = type("NewCachedAdapter", (), {})
-    with pytest.raises(NotImplementedError, match="NewCachedAdapter changes how cache_dit runs blocks.*SensenovaCached"):
+    with pytest.raises(
+        NotImplementedError, match=r"NewCachedAdapter changes how cache_dit runs blocks.*SensenovaCached"
+    ):
         CacheDiTBackend().enable(pipe)
 
 

@@ -180,6 +180,21 @@ def test_its_requests_with_a_fresh_start(cache_dit):
     assert stats.cached_steps == [1, 3, 6]  # the mask starts over as well
 
 
+def test_its_requests_too_short_for_a_mask(cache_dit, caplog):
+    """It gives no mask with them; the one of the request before does not fit."""
+    _, transformer, _ = build("FluxPipeline")
+    cache_dit.enable_cache(transformer, cache_config=DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=2))
+    mask = {"steps_computation_mask": cache_dit.steps_mask(mask_policy="fast", total_steps=28)}
+    cache_dit.refresh_context(transformer, cache_config=DBCacheConfig().reset(num_inference_steps=28, **mask))
+    cache_dit.refresh_context(transformer, num_inference_steps=STEPS, verbose=False)
+    assert "the steps_computation_mask of 28 steps is left out: there are 8 now" in caplog.text
+    steps(transformer, False)
+    (stats,) = cache_dit.summary(transformer, logging=False)
+    assert stats.cached_steps == [2, 3, 4, 5, 6, 7]
+    with pytest.raises(ValueError, match="one entry per step: expected 8"):
+        cache_dit.refresh_context(transformer, num_inference_steps=STEPS, **mask)
+
+
 # Adapters with blocks of its own
 
 
