@@ -163,7 +163,7 @@ def refresh_context(
     Args:
         transformer: The transformer (or pipeline, or adapter) that the cache is enabled on.
         cache_config: A whole new configuration; or one made by ``DBCacheConfig().reset(...)``, whose None fields
-            keep what is set.
+            keep what is set. A mask that is set, and has not as many entries as there are steps now, is left out.
         calibrator_config: A new calibrator configuration.
         verbose: Log the new configuration at INFO.
         **changes: Single fields of the cache configuration, such as ``num_inference_steps=28``.
@@ -177,11 +177,14 @@ def refresh_context(
         for controller in controllers:
             controller.begin_request()
         return
+    masked = "steps_computation_mask" in changes or getattr(cache_config, "steps_computation_mask", None) is not None
     updated = []
     for controller in controllers:
         settings = [modified(each, cache_config, calibrator_config) for each in controller.settings]
         for each in settings:
             each.config.update(**changes)
+            if not masked:
+                _leave_out_old_mask(each.config)
             each.check()
         updated.append((controller, settings))
     for controller, settings in updated:
@@ -189,6 +192,13 @@ def refresh_context(
         if verbose:
             tags = "; ".join(each.config.strify() for each in settings)
             logger.info("refreshed %s: %s", type(controller.transformer).__name__, tags)
+
+
+def _leave_out_old_mask(config: BasicCacheConfig) -> None:
+    mask, steps = config.steps_computation_mask, config.num_inference_steps
+    if mask is not None and not isinstance(mask, str) and steps is not None and len(mask) != steps:
+        logger.warning("the steps_computation_mask of %d steps is left out: there are %d now", len(mask), steps)
+        config.steps_computation_mask = None
 
 
 @contextmanager

@@ -118,7 +118,7 @@ class _Done(_Progress):
 def _begin(forward: CachedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Progress | None:
     """Begin a forward; run it to its end where it has to run eagerly. None: the cache is bypassed."""
     controller = forward.controller
-    if controller.is_bypassed():
+    if controller.is_bypassed(args, kwargs):
         return None
     if _runs_eagerly(forward.passes, args, kwargs):
         return _Done(_run_eagerly(forward, args, kwargs))

@@ -50,6 +50,8 @@ class _Config:
     def update(self: Config, **kwargs: Any) -> Config:
         """Set the given fields in place, except those given as None, and return ``self``.
 
+        ``num_inference_steps=0`` sets nothing either: engines say so of a transformer that a request leaves out.
+
         Raises:
             TypeError: For a name that is not a field.
         """
@@ -58,7 +60,7 @@ class _Config:
         if unknown:
             raise TypeError(f"{type(self).__name__} has no field {unknown[0]!r}; fields are {', '.join(sorted(names))}")
         for name, value in kwargs.items():
-            if value is not None:
+            if value is not None and (name, value) != ("num_inference_steps", 0):
                 setattr(self, name, value)
         return self
 
