@@ -116,6 +116,8 @@ def _default_for_cuda(name: str) -> Backend:
     if has_triton and (entry is None or entry["serves"] == "triton"):
         return Backend("triton", f"triton is installed; {_compared(entry)}")
     usable, reason = _native.cuda() if entry else (False, "there is no CUDA C++ kernel")
+    if usable and (unserved := _native.unserved_gpu()):
+        usable, reason = False, unserved
     if usable:
         return Backend("cuda", f"{_compared(entry) if has_triton else 'triton is not installed'}: {reason}")
     if has_triton:

@@ -14,7 +14,7 @@ struct ForecastParams {
 template <class T>
 __device__ void forecast_tile(const Forecast& call, const ForecastStream& stream, int64_t index) {
   using V = Vector<T>;
-  const Tile<T> tile = Tile<T>::number(index, stream.columns);
+  const Tile<T> tile = Tile<T>::number(index, stream.rows, stream.columns);
   const T* hidden = static_cast<const T*>(stream.hidden.data) + tile.row * stream.hidden.stride;
   const T* ring = static_cast<const T*>(stream.slot0.data) + tile.row * stream.slot0.stride;
   T* out = static_cast<T*>(stream.out) + tile.row * stream.columns;
