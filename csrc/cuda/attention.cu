@@ -66,7 +66,10 @@ __device__ void merge_rows(const Merge& call) {
   }
 }
 
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+// A thread waits for the weights before it asks for what they weigh, so there are more threads.
+constexpr int kMergeBlocks = 6;
+
+__global__ void __launch_bounds__(kThreads, kMergeBlocks)
     merge_kernel(const __grid_constant__ Merge call) {
   with_type(call.dtype2, [&](auto type2) {
     using T2 = decltype(type2);
@@ -89,5 +92,5 @@ const char* cachedit_cuda_merge_attention(const Merge* merge, void* stream) {
   const int64_t per_thread = merge->dtype2 == cachedit::kFloat32 ? 4 : 8;
   const int64_t items = rows * std::max<int64_t>(1, ceil_div(merge->head_dim, per_thread));
   if (items > UINT32_MAX) return "there are 2^32 vectors of 16 bytes or more to merge";
-  return launch_over(ceil_div(items, kThreads), merge_kernel, *merge, stream);
+  return launch_over(ceil_div(items, kThreads), merge_kernel, *merge, stream, kMergeBlocks);
 }

@@ -75,10 +75,11 @@ const char* launch(void (*kernel)(Params), int64_t blocks, Params params, void* 
 
 // What becomes of `tiles` tiles in a persistent grid: each block takes every gridDim-th.
 template <class Params>
-const char* launch_over(int64_t tiles, void (*kernel)(Params), Params params, void* stream) {
+const char* launch_over(int64_t tiles, void (*kernel)(Params), Params params, void* stream,
+                        int blocks_per_multiprocessor = kBlocksPerMultiprocessor) {
   if (tiles == 0) return nullptr;
   int64_t blocks = 0;
-  if (cudaError_t error = resident_blocks(kBlocksPerMultiprocessor, &blocks)) return message(error);
+  if (cudaError_t error = resident_blocks(blocks_per_multiprocessor, &blocks)) return message(error);
   return launch(kernel, std::min(tiles, blocks), params, stream);
 }
 
