@@ -74,7 +74,7 @@ def driver_version() -> int | None:
 
 
 def gpu_capabilities() -> list[int]:
-    """Compute capabilities of the machine's GPUs, as 89 for 8.9; empty where NVIDIA's management library cannot tell."""
+    """Compute capabilities of the machine's GPUs, as 89 for 8.9; empty where NVIDIA's library cannot tell."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
         if nvml.nvmlInit_v2() != 0:

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a ch
 
 def check(out: Path, *parts: str, **overrides: str) -> subprocess.CompletedProcess[str]:
     defaults = {"OUT": str(out), "DEVICE": "cpu", "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
-    environment = {key: value for key, value in os.environ.items() if key != "CACHEDIT_KERNELS_BACKEND"}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "CACHEDIT_"))}
     command = ["bash", str(ROOT / "benchmarks" / "gpu_check.sh"), *parts]
     return subprocess.run(command, env=environment | defaults | overrides, capture_output=True, text=True, timeout=280)
 
