@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Builds, tests and measures on a machine with one NVIDIA GPU, then says what failed. Needs no network, installs nothing.
 #
-#     [OUT=folder] [PYTHON=python3] [LIMIT=570] [DEVICE=cpu] benchmarks/gpu_check.sh [part ...]
+#     [OUT=folder] [PYTHON=python3] [LIMIT=570] [MODEL=name] [DEVICE=cpu] benchmarks/gpu_check.sh [part ...]
 #
 # Parts: build tests operators pipelines demo; all of them without arguments. Where GPUs are lent by the ten minutes, each
-# of "build tests", "build operators" and "build pipelines" is made to fit. LIMIT is in seconds, for the whole: a step
-# that needs more than it may, or than is left, is ended, and the others go on. The exit status is 1 if any step failed.
+# of "build tests", "build operators" and, with MODEL, "build pipelines" is made to fit. LIMIT is in seconds, for the
+# whole: a step that needs more than it may, or than is left, is ended, and the others go on. The exit status is 1 if any
+# step failed.
 #
 # $OUT gets a log of each part, operators.csv, exchange.csv, engine.csv, pipelines.csv and demo/; without OUT the logs go
 # to a temporary folder and the CSVs' rows to benchmarks/results/.
@@ -31,7 +32,7 @@ exchanges=(--ranks 2 4 8)
 compiled_sizes=(--mb 64 --dtype bfloat16)
 compiled_exchanges=(--models FLUX.1 --ranks 4)
 engine_options=(--rounds 200)
-pipeline_options=(--rounds 3)
+pipeline_options=(--rounds 1 --caches cachedit cache_dit)
 if [ "$device" = cpu ]; then
     results=$logs
     backends=(cpp)
@@ -137,7 +138,9 @@ run_operators() {
 
 run_pipelines() {
     has diffusers || { skip "all of it (diffusers is not installed)"; return; }
-    for model in "Wan 2.1 1.3B" Z-Image FLUX.1-dev Qwen-Image; do # a process each: 40 GB of weights in the last one
+    local models=(Z-Image FLUX.1-dev Qwen-Image "Wan 2.1 1.3B") model # by how long they take, minutes each
+    [ -n "${MODEL:-}" ] && models=("$MODEL")
+    for model in "${models[@]}"; do
         step "$model" "$limit" "$python" benchmarks/bench_pipelines.py --models "$model" --device "$device" \
             "${pipeline_options[@]}" --csv "$results/pipelines.csv"
     done
