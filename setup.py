@@ -87,7 +87,7 @@ setup(
     ],
     package_dir={"cachedit": "python/cachedit"},
     package_data={
-        "cachedit_kernels": ["py.typed"],
+        "cachedit_kernels": ["py.typed", "cuda_defaults.csv"],
         "cachedit": ["py.typed", "embedded/*.safetensors", "embedded/*.json", "embedded/*.csv", "embedded/*.md"]
         + [f"embedded/**/*.{suffix}" for suffix in ("safetensors", "json", "csv", "md")],
     },

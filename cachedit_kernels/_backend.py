@@ -1,18 +1,20 @@
 """Which implementation serves each operator on each device, and why.
 
 Chosen once, at import. CPU tensors go to the compiled library ("cpp"), CUDA tensors to Triton or to the compiled
-library's CUDA kernels ("cuda"), as CUDA_DEFAULTS says; plain torch ("reference") stands in where these are missing.
+library's CUDA kernels ("cuda"), as cuda_defaults.csv says; plain torch ("reference") stands in where these are missing.
 CACHEDIT_KERNELS_BACKEND=cpp|cuda|triton|reference forces one.
 """
 
 from __future__ import annotations
 
+import csv
 import importlib
 import importlib.util
 import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -51,17 +53,10 @@ OPERATORS = {
 }
 
 
-# Operators with a CUDA kernel in the compiled library, and what serves CUDA tensors where Triton is there too: the
-# faster one as measured by benchmarks/gpu_check.sh. No GPU has run the CUDA kernels yet, so it is Triton throughout.
-CUDA_DEFAULTS = {
-    "residual_l1": "triton",
-    "l1": "triton",
-    "residual_push": "triton",
-    "residual_forecast": "triton",
-    "merge_attention": "triton",
-    "ulysses_pack": "triton",
-    "ulysses_unpack": "triton",
-}
+# Operators with a CUDA kernel in the compiled library, and what serves CUDA tensors where Triton is there too. Entries
+# without figures are not measured; benchmarks/choose_backends.py fills them from what gpu_check.sh measured.
+with Path(__file__).with_name("cuda_defaults.csv").open(newline="") as _file:
+    CUDA_DEFAULTS = {row["operator"]: row for row in csv.DictReader(_file)}
 
 
 class Backend(NamedTuple):
@@ -117,14 +112,26 @@ def _choose_default() -> dict[str, Devices]:
 
 def _default_for_cuda(name: str) -> Backend:
     has_triton = importlib.util.find_spec("triton") is not None
-    if has_triton and CUDA_DEFAULTS.get(name, "triton") == "triton":
-        return Backend("triton", "triton is installed")
-    usable, reason = _native.cuda() if name in CUDA_DEFAULTS else (False, "there is no CUDA C++ kernel")
+    entry = CUDA_DEFAULTS.get(name)
+    if has_triton and (entry is None or entry["serves"] == "triton"):
+        return Backend("triton", f"triton is installed; {_compared(entry)}")
+    usable, reason = _native.cuda() if entry else (False, "there is no CUDA C++ kernel")
+    if usable and (unserved := _native.unserved_gpu()):
+        usable, reason = False, unserved
     if usable:
-        return Backend("cuda", f"{'measured to be faster' if has_triton else 'triton is not installed'}: {reason}")
+        return Backend("cuda", f"{_compared(entry) if has_triton else 'triton is not installed'}: {reason}")
     if has_triton:
         return Backend("triton", f"CUDA C++ would be faster, but {reason}")
     return Backend("reference", f"triton is not installed, and {reason}")
+
+
+def _compared(entry: dict[str, str] | None) -> str:
+    """How an operator's kernels compare, as the table has it."""
+    if entry is None:
+        return "there is no CUDA C++ kernel"
+    if not entry["cuda_over_triton"]:
+        return "CUDA C++ has not been measured"
+    return f"CUDA C++ is {entry['cuda_over_triton']} times as fast on {entry['device']}"
 
 
 def _choose_forced(forced: str) -> dict[str, Devices]:

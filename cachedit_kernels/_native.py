@@ -12,6 +12,7 @@ import torch
 PATH = Path(__file__).with_name("_C.so")
 CAPABILITY_VARIABLE = "CACHEDIT_CPU_CAPABILITY"
 CAPABILITIES = ("default", "avx2", "avx512")
+LOWEST_GPU = 89  # the CUDA kernels' PTX is for compute capability 8.9: CMakeLists.txt
 
 
 def load() -> tuple[bool, str]:
@@ -48,6 +49,14 @@ def cuda() -> tuple[bool, str]:
     return True, f"compiled library, CUDA {_dotted(built)}, driver for {_dotted(driver)}"
 
 
+def unserved_gpu() -> str | None:
+    """In words, a GPU of this machine that is too old for the library's CUDA kernels. Does not initialise CUDA."""
+    for index, capability in enumerate(gpu_capabilities()):
+        if capability < LOWEST_GPU:
+            return f"GPU {index} has compute capability {capability / 10}, and the library needs {LOWEST_GPU / 10}"
+    return None
+
+
 def register_cuda(overload: str, dispatch_key: str) -> None:
     """Puts the library's CUDA kernel behind an operator's overload."""
     if not ctypes.CDLL(str(PATH)).cachedit_cuda_register(overload.encode(), dispatch_key.encode()):
@@ -62,6 +71,27 @@ def driver_version() -> int | None:
     except (OSError, AttributeError):
         return None
     return version.value if found else None
+
+
+def gpu_capabilities() -> list[int]:
+    """Compute capabilities of the machine's GPUs, as 89 for 8.9; empty where NVIDIA's library cannot tell."""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        if nvml.nvmlInit_v2() != 0:
+            return []
+        count, handle, major, minor = ctypes.c_uint(), ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+        found = []
+        if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) == 0:
+            for index in range(count.value):
+                if (
+                    nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle)) == 0
+                    and nvml.nvmlDeviceGetCudaComputeCapability(handle, ctypes.byref(major), ctypes.byref(minor)) == 0
+                ):
+                    found.append(10 * major.value + minor.value)
+        nvml.nvmlShutdown()
+        return found
+    except (OSError, AttributeError):
+        return []
 
 
 def _dotted(version: int) -> str:

@@ -38,13 +38,15 @@ __device__ void merge_rows(const Merge& call) {
   using V = Vector<T, kCount>;
   using V2 = Vector<T2, kCount>;
   const int64_t columns = call.head_dim;
-  const int64_t pieces = columns == 0 ? 1 : ceil_div(columns, kCount);
+  // 32 bits suffice, which the launch has made sure of, and are divided in a fraction of the time.
+  const unsigned pieces = columns == 0 ? 1 : static_cast<unsigned>(ceil_div(columns, kCount));
+  const unsigned heads = static_cast<unsigned>(call.heads), length = static_cast<unsigned>(call.length);
   const int64_t items = call.batch * call.length * call.heads * pieces;
   const bool wide = columns % kCount == 0 && aligned(call.out, 16, sizeof(T)) && aligned(call.out2, 16, sizeof(T2));
-  for (int64_t item = blockIdx.x * int64_t{kThreads} + threadIdx.x; item < items; item += gridDim.x * int64_t{kThreads}) {
-    const int64_t row = item / pieces, column = item % pieces * kCount;
-    const int64_t h = row % call.heads, token = row / call.heads;
-    const int64_t l = token % call.length, b = token / call.length;
+  for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < items; i += gridDim.x * int64_t{kThreads}) {
+    const unsigned item = static_cast<unsigned>(i), token = item / pieces / heads;
+    const int64_t row = item / pieces, column = int64_t{item % pieces} * kCount;
+    const int64_t h = item / pieces % heads, l = token % length, b = token / length;
     const Weights weights = weigh(static_cast<const float*>(call.lse.data)[offset(call.lse, b, l, h)],
                                   static_cast<const float*>(call.lse2.data)[offset(call.lse2, b, l, h)]);
     if (column == 0) call.merged_lse[row] = weights.lse;
@@ -64,7 +66,10 @@ __device__ void merge_rows(const Merge& call) {
   }
 }
 
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+// A thread waits for the weights before it asks for what they weigh, so there are more threads.
+constexpr int kMergeBlocks = 6;
+
+__global__ void __launch_bounds__(kThreads, kMergeBlocks)
     merge_kernel(const __grid_constant__ Merge call) {
   with_type(call.dtype2, [&](auto type2) {
     using T2 = decltype(type2);
@@ -86,5 +91,6 @@ const char* cachedit_cuda_merge_attention(const Merge* merge, void* stream) {
   const int64_t rows = merge->batch * merge->length * merge->heads;
   const int64_t per_thread = merge->dtype2 == cachedit::kFloat32 ? 4 : 8;
   const int64_t items = rows * std::max<int64_t>(1, ceil_div(merge->head_dim, per_thread));
-  return launch_over(ceil_div(items, kThreads), merge_kernel, *merge, stream);
+  if (items > UINT32_MAX) return "there are 2^32 vectors of 16 bytes or more to merge";
+  return launch_over(ceil_div(items, kThreads), merge_kernel, *merge, stream, kMergeBlocks);
 }

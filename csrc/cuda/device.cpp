@@ -69,9 +69,16 @@ Workspace workspace(const char* op, const Tensor& like, const OnDevice& device, 
   static auto& known = *new std::map<std::pair<int32_t, void*>, Buffers>;  // never freed: CUDA may be gone at exit
   const std::lock_guard<std::mutex> lock(mutex);
   Buffers& buffers = known[{like.device_index, device.stream()}];
-  // What is given up goes back to torch, which hands it out again on this stream only.
-  if (buffers.tickets.numel < tickets) buffers.tickets = zeros(op, like, device, std::max<int64_t>(tickets, 256));
-  if (buffers.partials.numel < 2 * partials) buffers.partials = uninitialised(like, 2 * partials);
+  // What is outgrown is kept, as another thread may be about to launch with it; twofold growth bounds what that takes.
+  static auto& outgrown = *new Tensors;
+  if (buffers.tickets.numel < tickets) {
+    outgrown.push_back(std::move(buffers.tickets));
+    buffers.tickets = zeros(op, like, device, std::max<int64_t>(2 * tickets, 256));
+  }
+  if (buffers.partials.numel < 2 * partials) {
+    outgrown.push_back(std::move(buffers.partials));
+    buffers.partials = uninitialised(like, 4 * partials);
+  }
   return workspace_of(buffers);
 }
 

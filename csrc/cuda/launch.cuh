@@ -31,11 +31,12 @@ struct Tile {  // of a row; thread t takes vectors t, t + kThreads, ...
   int64_t row;
   int64_t start;
 
-  // Which tile of a stream's, with `columns` elements a row.
-  __device__ static Tile number(int64_t index, int64_t columns) {
-    if (columns <= kColumns) return {index, 0};  // spares two divisions
-    const int64_t tiles = ceil_div(columns, kColumns);
-    return {index / tiles, index % tiles * kColumns};
+  // Which tile of a stream's. Divides, which takes as long as everything else, only where it must.
+  __device__ static Tile number(int64_t index, int64_t rows, int64_t columns) {
+    if (rows == 1) return {0, index * kColumns};
+    if (columns <= kColumns) return {index, 0};
+    const int64_t tiles = ceil_div(columns, kColumns), row = index / tiles;
+    return {row, (index - row * tiles) * kColumns};
   }
   __device__ int64_t column(int vector) const {
     return start + (vector * kThreads + static_cast<int>(threadIdx.x)) * (16 / static_cast<int>(sizeof(T)));
@@ -74,10 +75,11 @@ const char* launch(void (*kernel)(Params), int64_t blocks, Params params, void* 
 
 // What becomes of `tiles` tiles in a persistent grid: each block takes every gridDim-th.
 template <class Params>
-const char* launch_over(int64_t tiles, void (*kernel)(Params), Params params, void* stream) {
+const char* launch_over(int64_t tiles, void (*kernel)(Params), Params params, void* stream,
+                        int blocks_per_multiprocessor = kBlocksPerMultiprocessor) {
   if (tiles == 0) return nullptr;
   int64_t blocks = 0;
-  if (cudaError_t error = resident_blocks(kBlocksPerMultiprocessor, &blocks)) return message(error);
+  if (cudaError_t error = resident_blocks(blocks_per_multiprocessor, &blocks)) return message(error);
   return launch(kernel, std::min(tiles, blocks), params, stream);
 }
 

@@ -91,7 +91,7 @@ __device__ Pair add_tiles(const SumsStream& stream, int64_t group, int64_t posit
   Pair sums[kSums] = {};
   const int64_t tiles = stream.rows * ceil_div(stream.columns, Tile<T>::kColumns);
   for (int64_t index = position; index < tiles; index += blocks) {
-    const Tile<T> tile = Tile<T>::number(index, stream.columns);
+    const Tile<T> tile = Tile<T>::number(index, stream.rows, stream.columns);
     const T* rows[Terms::kInputs];
 #pragma unroll
     for (int i = 0; i < Terms::kInputs; ++i) {
@@ -198,7 +198,7 @@ __device__ int64_t chosen_slot(const Push& call) {
 template <class T>
 __device__ void push_tile(const PushStream& stream, int64_t slot, int64_t index) {
   using V = Vector<T>;
-  const Tile<T> tile = Tile<T>::number(index, stream.columns);
+  const Tile<T> tile = Tile<T>::number(index, stream.rows, stream.columns);
   const T* before = static_cast<const T*>(stream.before.data) + tile.row * stream.before.stride;
   const T* after = static_cast<const T*>(stream.after.data) + tile.row * stream.after.stride;
   T* const first = static_cast<T*>(stream.slot0.data) + slot * stream.slot_stride;

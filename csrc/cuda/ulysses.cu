@@ -13,8 +13,8 @@ constexpr int kCount = 16;  // elements that a thread moves at once: their codes
 
 struct ExchangeParams {
   Exchange call;
-  int lanes;  // threads that share a row, a power of two
-  int64_t tiles_per_tensor;
+  int lane_bits;  // 2^lane_bits threads share a row
+  unsigned first_tile[kMaxPeers + 1];  // of each peer's, within a tensor's; the last entry is their number
 };
 
 __host__ __device__ inline int64_t aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
@@ -43,9 +43,8 @@ struct Row {
 
   __device__ Row(const ExchangeParams& params, const Peer& peer, int64_t tile) {
     const Exchange& call = params.call;
-    const unsigned rows_per_tile = kThreads / params.lanes;
-    lane = threadIdx.x % params.lanes;
-    in_block = tile * rows_per_tile + threadIdx.x / params.lanes;
+    lane = threadIdx.x & ((1 << params.lane_bits) - 1);
+    in_block = tile * (kThreads >> params.lane_bits) + (threadIdx.x >> params.lane_bits);
     inside = in_block < peer.rows;
     // 32 bits suffice, which the launch has made sure of, and are divided in a fraction of the time.
     const unsigned length = static_cast<unsigned>(call.dim == 1 ? peer.size : call.length);
@@ -90,7 +89,7 @@ __device__ void pack_tile(const ExchangeParams& params, const Exchanged& tensor,
   const int64_t* strides = tensor.tensor.strides;
   const T* const source =
       static_cast<const T*>(tensor.tensor.data) + row.b * strides[0] + row.l * strides[1] + row.h * strides[2];
-  const int64_t columns = row.inside ? call.head_dim : 0, step = params.lanes * kCount;
+  const int64_t columns = row.inside ? call.head_dim : 0, step = kCount << params.lane_bits;
   const int64_t first = row.lane * kCount;
   const bool wide = is_wide<T>(tensor.tensor, call.head_dim);
   if (!tensor.float8) {
@@ -107,7 +106,7 @@ __device__ void pack_tile(const ExchangeParams& params, const Exchanged& tensor,
 #pragma unroll
     for (int i = 0; i < kCount; ++i) amax = fmaxf(amax, fabsf(widen(x.at[i])));  // passes over NaN
   }
-  for (int mask = params.lanes / 2; mask > 0; mask /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, mask));
+  for (int mask = (1 << params.lane_bits) / 2; mask > 0; mask /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, mask));
   const float scale = fmaxf(amax / 448.0f, FLT_MIN);  // rows of zeros divide like others
   if (row.inside && row.lane == 0) reinterpret_cast<float*>(call.buffer + at.scales)[row.in_block] = scale;
   uint8_t* const target = reinterpret_cast<uint8_t*>(call.buffer + at.values) + row.in_block * call.head_dim;
@@ -127,7 +126,7 @@ __device__ void unpack_tile(const ExchangeParams& params, const Exchanged& tenso
   using V = Vector<T, kCount>;
   using Codes = Vector<uint8_t, kCount>;
   const Row row(params, peer, tile);
-  const int64_t columns = row.inside ? call.head_dim : 0, step = params.lanes * kCount;
+  const int64_t columns = row.inside ? call.head_dim : 0, step = kCount << params.lane_bits;
   const int64_t row_out = (row.b * call.length + row.l) * call.heads + row.h;
   const bool wide = call.head_dim % kCount == 0;  // sections and new tensors are aligned
   T* const target = static_cast<T*>(tensor.tensor.data) + row_out * call.head_dim;
@@ -157,17 +156,17 @@ __device__ void unpack_tile(const ExchangeParams& params, const Exchanged& tenso
   }
 }
 
-__host__ __device__ inline int64_t tiles_of(const Peer& peer, int lanes) { return ceil_div(peer.rows, kThreads / lanes); }
-
 template <bool kPack>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     exchange_kernel(const __grid_constant__ ExchangeParams params) {
   const Exchange& call = params.call;
-  for (int64_t index = blockIdx.x; index < call.tensors * params.tiles_per_tensor; index += gridDim.x) {
-    const Exchanged& tensor = call.tensor[index / params.tiles_per_tensor];
-    int64_t tile = index % params.tiles_per_tensor;
+  const unsigned tiles = params.first_tile[call.peers];  // of each tensor
+  for (unsigned index = blockIdx.x; index < call.tensors * tiles; index += gridDim.x) {
+    const Exchanged& tensor = call.tensor[index / tiles];
+    const unsigned in_tensor = index % tiles;
     int p = 0;
-    while (tile >= tiles_of(call.peer[p], params.lanes)) tile -= tiles_of(call.peer[p++], params.lanes);
+    while (in_tensor >= params.first_tile[p + 1]) ++p;
+    const int64_t tile = in_tensor - params.first_tile[p];
     with_type(call.dtype, [&](auto type) {
       if constexpr (kPack) {
         pack_tile<decltype(type)>(params, tensor, call.peer[p], tile);
@@ -182,13 +181,14 @@ template <bool kPack>
 const char* launch_exchange(const Exchange& call, void* stream) {
   ExchangeParams params{};
   params.call = call;
-  params.lanes = 1;
-  while (params.lanes < 32 && params.lanes * kCount < call.head_dim) params.lanes *= 2;
+  while (params.lane_bits < 5 && (kCount << params.lane_bits) < call.head_dim) ++params.lane_bits;
+  int64_t tiles = 0;
   for (int p = 0; p < call.peers; ++p) {
-    if (call.peer[p].rows > INT32_MAX) return "a peer's block must have fewer than 2^31 tokens and heads";
-    params.tiles_per_tensor += tiles_of(call.peer[p], params.lanes);
+    tiles += ceil_div(call.peer[p].rows, kThreads >> params.lane_bits);
+    if (call.peer[p].rows > INT32_MAX || call.tensors * tiles > INT32_MAX) return "2^31 tokens and heads are too many";
+    params.first_tile[p + 1] = static_cast<unsigned>(tiles);
   }
-  return launch_over(call.tensors * params.tiles_per_tensor, exchange_kernel<kPack>, params, stream);
+  return launch_over(call.tensors * tiles, exchange_kernel<kPack>, params, stream);
 }
 
 }  // namespace

@@ -167,24 +167,30 @@ def test_the_driver_decides_whether_cuda_kernels_run(
 
 
 @pytest.mark.parametrize(
-    ("triton", "faster", "usable", "expected", "reason"),
+    ("triton", "serves", "usable", "expected", "reason"),
     [
-        (True, "triton", True, "triton", "triton is installed"),
-        (True, "cuda", True, "cuda", "measured to be faster: played"),
+        (True, "triton", True, "triton", "triton is installed; CUDA C++ is 0.9 times as fast on GPU A"),
+        (True, "cuda", True, "cuda", "CUDA C++ is 1.1 times as fast on GPU A: played"),
         (True, "cuda", False, "triton", "CUDA C++ would be faster, but played"),
         (False, "triton", True, "cuda", "triton is not installed: played"),
         (False, "triton", False, "reference", "triton is not installed, and played"),
     ],
 )
 def test_what_serves_cuda_tensors(
-    monkeypatch: pytest.MonkeyPatch, triton: bool, faster: str, usable: bool, expected: str, reason: str
+    monkeypatch: pytest.MonkeyPatch, triton: bool, serves: str, usable: bool, expected: str, reason: str
 ) -> None:
     from cachedit_kernels import _backend
 
     monkeypatch.setattr(_backend.importlib.util, "find_spec", lambda _: object() if triton else None)
-    monkeypatch.setitem(_backend.CUDA_DEFAULTS, "l1", faster)
+    ratio = "1.1" if serves == "cuda" else "0.9"
+    monkeypatch.setitem(_backend.CUDA_DEFAULTS, "l1", {"serves": serves, "device": "GPU A", "cuda_over_triton": ratio})
+    unmeasured = {"serves": "triton", "device": "", "cuda_over_triton": ""}
+    monkeypatch.setitem(_backend.CUDA_DEFAULTS, "residual_l1", unmeasured)
     monkeypatch.setattr(_native, "cuda", lambda: (usable, "played"))
     assert _backend._default_for_cuda("l1") == (expected, reason)
+    if triton:
+        said = _backend._default_for_cuda("residual_l1").reason
+        assert said == "triton is installed; CUDA C++ has not been measured"
     without_kernel = _backend._default_for_cuda("ring_gram")
     assert without_kernel.implementation == ("triton" if triton else "reference")
     monkeypatch.setattr(_native, "load", lambda: (True, "played"))

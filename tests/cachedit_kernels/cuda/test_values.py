@@ -137,6 +137,44 @@ def test_layouts(layout: str) -> None:
 
 
 @running
+def test_offsets_beyond_32_bits() -> None:
+    if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 16 << 30:
+        pytest.skip("needs 16 GB of free GPU memory")
+    stride = 2**31  # between samples and between slots; memory in between is never touched, so the CPU never maps it
+    x = torch.empty(stride + 512, dtype=torch.bfloat16, device=DEVICE).as_strided((2, 512), (stride, 1))
+    x.copy_(torch.arange(1024).view(2, 512) % 64)
+    ring = torch.empty(stride + 1024, dtype=torch.bfloat16, device=DEVICE).as_strided((2, 2, 512), (stride, 512, 1))
+    assert ck.l1([x], [2 * x], per_sample=True).tolist() == [[[16128.0, 16128.0]] * 2]
+    ck.residual_push([x], [2 * x], [ring], 0)
+    ck.residual_push([x], [3 * x], [ring], 1)
+    assert torch.equal(ring[0], x) and torch.equal(ring[1], 2 * x)
+    (forecast,) = ck.residual_forecast([x], [ring], [1.0, -0.5])
+    assert torch.equal(forecast, x)
+    heads = x.as_strided((2, 2, 4, 64), (stride, 256, 64, 1))
+    packed = ck.ulysses_pack([heads], [2, 2], 2, [False])
+    assert torch.equal(packed.view(torch.bfloat16), heads.view(2, 2, 2, 2, 64).permute(2, 0, 1, 3, 4).flatten())
+    lse = torch.zeros(2, 2, 4, device=DEVICE)
+    merged, _ = ck.merge_attention(heads, lse, heads, lse)
+    assert torch.equal(merged, heads)
+
+
+@running
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.gpu
+def test_more_than_32_bits_of_elements() -> None:
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GB of free GPU memory")
+    n = 2**31 + 4096
+    x, y, ring = (torch.zeros(n, dtype=torch.bfloat16, device=DEVICE) for _ in range(3))
+    y[-5:] = 2
+    assert ck.l1([x], [y]).tolist() == [[10.0, 0.0]]
+    ck.residual_push([x], [y], [ring[None]], 0)
+    assert ring[-5:].eq(2).all() and ring.count_nonzero() == 5
+    (forecast,) = ck.residual_forecast([y], [ring[None]], [1.0])
+    assert forecast[-5:].eq(4).all() and forecast.count_nonzero() == 5
+
+
+@running
 def test_nan_and_inf_pass_through() -> None:
     x, y, a = (random((9000,), torch.float32, seed) for seed in range(3))
     y[8999], a[0] = math.nan, math.inf
@@ -225,7 +263,8 @@ def test_a_captured_graph_replays_beside_eager_launches() -> None:
     "dtypes", [(torch.float32,) * 2, (torch.float32, torch.bfloat16), (torch.float16,) * 2], ids=str
 )
 def test_attention_is_merged(dtypes: tuple[torch.dtype, torch.dtype], head_dim: int) -> None:
-    out, out2 = (random((2, 21, 3, head_dim), dtype, seed, "token slice") for seed, dtype in enumerate(dtypes))
+    layout = "column slice" if head_dim == 128 else "token slice"  # the former is not aligned
+    out, out2 = (random((2, 21, 3, head_dim), dtype, seed, layout) for seed, dtype in enumerate(dtypes))
     lse, lse2 = (5 * random((2, 21, 3), torch.float32, 2 + seed, "transposed") for seed in range(2))
     lse[0, :7], lse2[0, 3:9] = -math.inf, -math.inf
     out[0, :7], out2[0, 3:9] = math.nan, math.nan  # not read
@@ -241,7 +280,8 @@ def test_attention_is_merged(dtypes: tuple[torch.dtype, torch.dtype], head_dim: 
 @pytest.mark.parametrize("dim", [1, 2])
 def test_exchanges_have_the_bits_of_the_reference(dtype: torch.dtype, head_dim: int, dim: int) -> None:
     shape, splits = (2, 19, 5, head_dim), {1: [9, 0, 10], 2: [2, 2, 1]}[dim]
-    tensors = [random(shape, dtype, seed, "token slice") for seed in range(6)]  # more than one launch takes
+    layout = {1: "token slice", 2: "column slice"}[dim]  # the latter is not aligned
+    tensors = [random(shape, dtype, seed, layout) for seed in range(6)]  # more than one launch takes
     tensors[0][0, 0, 0] = 0.0
     tensors[1][1] *= 300.0
     float8 = [True, False, True, True, False, True]
