@@ -7,6 +7,7 @@ from torch import nn
 
 import cachedit
 from cachedit import BlockAdapter, CacheType, DBCacheConfig, ForwardPattern, TaylorSeerCalibratorConfig
+from holds import reused, reusing, static
 from toys import (
     HookExecutor,
     call_flux,
@@ -21,18 +22,6 @@ from toys import (
 NAN = float("nan")
 P1 = ForwardPattern.Pattern_1
 FAST = cachedit.steps_mask(total_steps=10, mask_policy="fast")
-
-
-def reusing(**kwargs):
-    return DBCacheConfig(**{"Fn_compute_blocks": 1, "max_warmup_steps": 2, "residual_diff_threshold": 10.0, **kwargs})
-
-
-def static(mask, **kwargs):
-    return reusing(steps_computation_mask=mask, steps_computation_policy="static", **kwargs)
-
-
-def reused(target):
-    return [entry.cached_steps for entry in cachedit.summary(target, logging=False)]
 
 
 @pytest.fixture
@@ -443,10 +432,3 @@ class TestEnabling:
     def test_unknown_transformer(self):
         with pytest.raises(ValueError, match=r"Linear is not in the model table, and has no list .*BlockAdapter"):
             cachedit.enable_cache(nn.Linear(2, 2))
-
-
-def test_kernels_package_hands_out_the_engine():
-    import cachedit_kernels
-
-    assert cachedit_kernels.enable_cache is cachedit.enable_cache
-    assert cachedit_kernels.BlockAdapter is BlockAdapter
