@@ -231,10 +231,10 @@ def test_refusals_name_the_argument(transport: str) -> None:
             f"{qkv}: tensors[1] must have the shape of tensors[0], (1, 4, 6, 8), got (1, 3, 6, 8)",
             f"{qkv}: lengths must be those of 2 ranks, 4 at place {rank}, got {got}",
             f"{qkv}: lengths must be those of 2 ranks, 4 at place {rank}, got (4,)",
-            "ulysses_pack: float8 must have one value per tensor, 3, got 1",
+            f"{qkv}: float8 must have one value per tensor, 3, got 1",
             f"{o}: heads must be a number of which rank {rank} has 6, got 16: (8, 8)",
-            "ulysses_pack: splits must be sizes that add up to 4, dimension 1, got (1, 2)",
-            f"{o}: lengths must be those of 2 ranks, got (4,)",
+            f"{o}: lengths must be those of 2 ranks, 4 in all, got (1, 2)",
+            f"{o}: lengths must be those of 2 ranks, 4 in all, got (4,)",
             f"{o}: tensors[0] must be float32, float16 or bfloat16, got float64",
         ], messages
 
