@@ -199,7 +199,7 @@ class TestGraphs:
 
     @pytest.mark.parametrize("dynamic_shapes", [None, True])
     def test_two_resolutions(self, dynamic_shapes):
-        model = cached_flux()
+        model = cached_flux(double=1, single=1)
         expected = [flux_run(model, tokens=tokens) for tokens in (20, 28, 36)]
         run = compiled(model, backend="aot_eager", dynamic=dynamic_shapes)
         outputs = [flux_run(run, tokens=20), flux_run(run, tokens=28)]
