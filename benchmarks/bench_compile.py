@@ -10,7 +10,6 @@ by the cache alone and that by the compiler alone: 1.00 where they add up. "grap
 from __future__ import annotations
 
 import argparse
-import datetime
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch._dynamo.utils import counters
 import cachedit
 from cachedit.embedded import load_pipeline
 from cachedit_kernels.testing.timing import paired_medians
-from common import append, device_name
+from common import append, machine
 
 RESULTS = Path(__file__).parent / "results" / "compile.csv"
 PROMPT = "a red ring"
@@ -122,11 +121,7 @@ def report(
         *counts,
     )
     print(f"{name:>10} {compiled!s:>9}" + "".join(f"{figure!s:>12}" for figure in figures))
-    row = {
-        "date": datetime.date.today().isoformat(),
-        "device": device_name(torch.device("cpu")),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+    row = machine(torch.device("cpu")) | {
         "backend": arguments.backend,
         "steps": arguments.steps,
         "batch": arguments.batch,

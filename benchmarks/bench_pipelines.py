@@ -17,7 +17,6 @@ cache_dit gets the transformer by itself and finds its own adapter.
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.util
 import logging
 from collections.abc import Callable, Iterator
@@ -33,7 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 import cachedit
 from cachedit.models import find_entry
 from cachedit_kernels.testing.timing import paired_medians
-from common import DTYPES, append, device_name
+from common import DTYPES, append, machine
 from pipeline_models import MODELS, Inputs, twin
 
 RESULTS = Path(__file__).parent / "results" / "pipelines.csv"
@@ -282,14 +281,7 @@ def main() -> None:
     if importlib.util.find_spec("cache_dit") is None:
         arguments.caches = [cache for cache in arguments.caches if cache != "cache_dit"]
     arguments.caches = ["none", "ideal", *arguments.caches]  # what the others are compared with
-    device = torch.device(arguments.device)
-    machine = {
-        "date": datetime.date.today().isoformat(),
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-    }
+    common = machine(torch.device(arguments.device)) | {"diffusers": diffusers.__version__}
     printed = ("model", "cache", "compiled", "computed", *FIGURES)
     print("".join(f"{column:>16}" for column in printed))
     with quiet():
@@ -297,7 +289,7 @@ def main() -> None:
             torch.compiler.reset()
             for row in measure(name, arguments):
                 print("".join(f"{row[column]!s:>16}" for column in printed), flush=True)
-                append(arguments.csv, machine | row)
+                append(arguments.csv, common | row)
 
 
 if __name__ == "__main__":

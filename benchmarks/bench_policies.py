@@ -9,11 +9,9 @@ is what every policy has to beat. Baseline and cached runs take turns; times are
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,10 +36,9 @@ from cachedit.cli.demo import PROMPTS, Demo, demo_mask
 from cachedit.cli.quality import compare
 from cachedit.embedded import load_pipeline
 from cachedit.teacache import fit_coefficients
-from common import device_name
+from common import append, device_name
 
 RESULTS = Path(__file__).parent / "results" / "policies.csv"
-COLUMNS = ("date", "device", "torch", "steps", "name", "skipped", "psnr_db", "psnr_db_min", "ssim", "ms", "speedup")
 Row = tuple[str, BasicCacheConfig | None, CalibratorConfig | None, int]
 
 MEASURED = {"Fn_compute_blocks": 1, "max_warmup_steps": 3}
@@ -149,17 +146,11 @@ def main() -> None:
         "torch": torch.__version__,
         "steps": arguments.steps,
     }
-    new = not arguments.csv.exists()
-    arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.csv.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        for row in rows(arguments.steps, fit(demo, arguments.steps)):
-            result = measure(demo, row, baseline, arguments.steps, arguments.rounds)
-            print("  ".join(f"{value:>32}" if key == "name" else f"{value:>8}" for key, value in result.items()))
-            sys.stdout.flush()
-            writer.writerow(common | result)
+    for row in rows(arguments.steps, fit(demo, arguments.steps)):
+        result = measure(demo, row, baseline, arguments.steps, arguments.rounds)
+        columns = (f"{value:>32}" if key == "name" else f"{value:>8}" for key, value in result.items())
+        print("  ".join(columns), flush=True)
+        append(arguments.csv, common | result)
 
 
 if __name__ == "__main__":

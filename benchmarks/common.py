@@ -106,11 +106,7 @@ def measure(case: Case, device: torch.device, rounds: int, compiled: bool) -> di
     row |= {
         f"{name}_over_ours": f"{seconds[name] / ours:.2f}" for name in ("eager", "compile", "peer") if name in seconds
     }
-    row |= {
-        "date": datetime.date.today().isoformat(),
-        "device": device_name(device),
-        "threads": torch.get_num_threads() if device.type == "cpu" else "",
-        "torch": torch.__version__,
+    row |= machine(device) | {
         "triton": triton_version(),
         "backend": cachedit_kernels.backends()[case.operator][device.type].implementation,
         "operator": case.operator,
@@ -122,7 +118,18 @@ def measure(case: Case, device: torch.device, rounds: int, compiled: bool) -> di
     return row | case.labels
 
 
-def append(path: Path, row: dict[str, object]) -> None:
+def machine(device: torch.device) -> dict[str, object]:
+    """When and on what a row of a history was measured."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": device_name(device),
+        "threads": torch.get_num_threads() if device.type == "cpu" else "",
+        "torch": torch.__version__,
+    }
+
+
+def append(path: Path, row: Mapping[str, object]) -> None:
+    """Add a row to a history, whose columns are the row's keys in their order."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="") as file:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
-import datetime
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -30,7 +28,7 @@ from rich.table import Table
 import cachedit
 from cachedit.models import find_entry, find_transformers
 from cachedit_kernels.testing.timing import paired_medians
-from common import device_name
+from common import append, machine
 from compare_cases import BASE, CASES, MODELS, STEPS, Case, Model
 
 RESULTS = Path(__file__).parent / "results" / "compare_cache_dit.csv"
@@ -182,24 +180,6 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return result
 
 
-def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    common = {
-        "date": datetime.date.today().isoformat(),
-        "device": device_name(torch.device("cpu")),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "cache_dit": cache_dit.__version__,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(common | row for row in rows)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [model.name for model in MODELS]
@@ -221,7 +201,10 @@ def main() -> int:
             rows += [compare(subject, model, case, arguments.rounds) for case in cases]
             if not torch.equal(subject.run(subject.pipe), subject.plain):
                 raise RuntimeError(f"{model.name}: the copies were not apart, the original draws something else now")
-    append(arguments.csv, rows)
+    versions = {"diffusers": diffusers.__version__, "cache_dit": cache_dit.__version__}
+    for row in rows:
+        row = machine(torch.device("cpu")) | versions | row
+        append(arguments.csv, {column: row.get(column, "") for column in COLUMNS})
     console = Console() if sys.stdout.isatty() else Console(width=240)
     console.print(f"cachedit {cachedit.__version__} and cache_dit {cache_dit.__version__}, in this order")
     console.print(table(rows))

@@ -18,6 +18,7 @@ from cachedit_kernels.ulysses.layout import HEADS, SEQUENCE, buffer_bytes, layou
 E4M3 = torch.float8_e4m3fn
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+MAX_GRAM_SLOTS = 16
 
 
 def residual_l1(before: Sequence[Tensor], after: Sequence[Tensor], anchor: Sequence[Tensor], per_sample: bool) -> None:
@@ -52,7 +53,7 @@ def residual_push_float8(
 ) -> None:
     op = "residual_push_float8"
     _streams(op, {"before": before, "after": after})
-    _ring(op, "before", before, ring, E4M3)
+    _ring(op, "before", before, ring, float8=True)
     _scales(op, ring, scales)
     _slot(op, slot, before, ring)
     _no_aliases(op, {"before": before, "after": after}, {"ring": ring, "scales": scales})
@@ -76,7 +77,7 @@ def residual_forecast_float8(
 ) -> None:
     op = "residual_forecast_float8"
     _streams(op, {"hidden": hidden})
-    _ring(op, "hidden", hidden, ring, E4M3)
+    _ring(op, "hidden", hidden, ring, float8=True)
     _scales(op, ring, scales)
     _weights(op, weights, hidden, ring)
 
@@ -100,9 +101,6 @@ def _weights(op: str, weights: Tensor | Sequence[float], hidden: Sequence[Tensor
                     f"hidden[{i}] must have the batch size of weights, {weights.shape[0]}, in dimension 0, "
                     f"got shape {_tuple(h.shape)}",
                 )
-
-
-MAX_GRAM_SLOTS = 16
 
 
 def ring_gram(ring: Sequence[Tensor], slots: Sequence[int] | None, per_sample: bool) -> None:
@@ -161,14 +159,12 @@ def merge_attention(out: Tensor, lse: Tensor, out2: Tensor, lse2: Tensor) -> Non
 
 def ulysses_pack(tensors: Sequence[Tensor], splits: Sequence[int], scatter_dim: int, float8: Sequence[bool]) -> None:
     op = "ulysses_pack"
-    attention_tensors(op, tensors)
-    if len(float8) != len(tensors):
-        _refuse(op, f"float8 must have one value per tensor, {len(tensors)}, got {len(float8)}")
+    attention_tensors(op, tensors, float8)
     _ulysses_splits(op, "scatter_dim", scatter_dim, splits, tensors[0].shape)
 
 
-def attention_tensors(op: str, tensors: Sequence[Tensor]) -> None:
-    """At least one [B, L, H, D], and all alike."""
+def attention_tensors(op: str, tensors: Sequence[Tensor], float8: Sequence[bool]) -> None:
+    """At least one [B, L, H, D], and all alike; `float8` has a value for each."""
     if len(tensors) == 0:
         _refuse(op, "tensors must have at least one tensor, got an empty list")
     like = tensors[0]
@@ -183,6 +179,8 @@ def attention_tensors(op: str, tensors: Sequence[Tensor]) -> None:
             _refuse(
                 op, f"tensors[{i}] must have the shape of tensors[0], {_tuple(like.shape)}, got {_tuple(tensor.shape)}"
             )
+    if len(float8) != len(tensors):
+        _refuse(op, f"float8 must have one value per tensor, {len(tensors)}, got {len(float8)}")
 
 
 def ulysses_unpack(
@@ -250,15 +248,13 @@ def _streams(op: str, lists: dict[str, Sequence[Tensor]]) -> None:
                 )
 
 
-def _ring(
-    op: str, first: str, streams: Sequence[Tensor], ring: Sequence[Tensor], dtype: torch.dtype | None = None
-) -> None:
+def _ring(op: str, first: str, streams: Sequence[Tensor], ring: Sequence[Tensor], float8: bool = False) -> None:
     """Per stream [K, *shape] of its dtype, or in E4M3; K equal everywhere."""
     if len(ring) != len(streams):
         _refuse(op, f"ring must have as many tensors as {first}, {len(streams)}, got {len(ring)}")
     for i, (r, like) in enumerate(zip(ring, streams, strict=True)):
         _same_device(op, f"ring[{i}]", r, first, streams)
-        if dtype is E4M3:
+        if float8:
             _float8(op, i, r)
         elif r.dtype != like.dtype:
             _refuse(op, f"ring[{i}] must have the dtype of {first}[{i}], {_dtype(like.dtype)}, got {_dtype(r.dtype)}")

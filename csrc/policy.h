@@ -43,10 +43,10 @@ struct Rules {
   int64_t warmup_interval = 1;
   int64_t refresh_hint = 0;  // 0: none
   bool refresh_repeats = false;
+  int32_t order = 0;  // of TaylorSeer, 0 to kMaxOrder; 0 reuses the last residual as it is
   bool mask_is_static = false;
   int32_t mask_length = 0;  // 0: none
   uint32_t mask[kMaxMask / 32] = {};
-  int32_t order = 0;  // of TaylorSeer, 0 to kMaxOrder; 0 reuses the last residual as it is
 };
 
 // Stored residuals: which steps they are of, and where they lie.

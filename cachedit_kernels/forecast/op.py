@@ -20,8 +20,10 @@ def residual_forecast(
 ) -> list[Tensor]:
     """Forecasts each stream from its stored residuals, `base * hidden + sum_k weights[k] * ring[k]`, in one launch.
 
-    Terms are accumulated in float32 and rounded once. A slot whose weight is exactly 0 is not read, so it may be
-    uninitialised memory; nor is `hidden` where `base` is 0. With `scales`, rings are in E4M3 (see `residual_push`).
+    Forecasts that are linear in what is stored are all of this form, TaylorSeer's (arXiv 2503.06923) among them: its
+    ladder of finite differences comes to a weight per residual. Terms are accumulated in float32 and rounded once. A
+    slot whose weight is exactly 0 is not read, so it may be uninitialised memory; nor is `hidden` where `base` is 0.
+    With `scales`, rings are in E4M3 (see `residual_push`).
 
     Args:
         hidden: S tensors, float32, float16 or bfloat16, any shape and strides.

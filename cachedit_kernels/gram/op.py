@@ -19,8 +19,8 @@ def ring_gram(
 ) -> Tensor:
     """The inner products between each stream's stored residuals, `sum ring[slots[i]] * ring[slots[j]]`, in one launch.
 
-    Forecasters that fit their weights to the data solve small systems with these. Slots that are not asked for are not
-    read, so they may be uninitialised memory.
+    Forecasters that fit their weights to the data, as dynamic mode decomposition does, solve small systems with these.
+    Slots that are not asked for are not read, so they may be uninitialised memory.
 
     Args:
         ring: S tensors [K, *shape], float32, float16 or bfloat16, any strides, K equal in all streams, at most 16.

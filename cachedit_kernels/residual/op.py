@@ -16,8 +16,8 @@ def residual_l1(
 ) -> Tensor:
     """How far the residual of each stream has moved from its anchor, all streams in one launch.
 
-    Per stream: `sum |(after - before) - anchor|` and `sum |anchor|`. Their quotient is the relative change; sums are
-    returned instead, because sums of shards can be added.
+    Per stream: `sum |(after - before) - anchor|` and `sum |anchor|`. Their quotient is the relative L1 distance of
+    TeaCache (arXiv 2411.19108), of residuals; sums are returned instead, because sums of shards can be added.
 
     Args:
         before: S tensors, what went into the blocks. float32, float16 or bfloat16, any shape and strides.
@@ -37,7 +37,7 @@ def residual_l1(
 def l1(previous: Sequence[Tensor], current: Sequence[Tensor], per_sample: bool = False) -> Tensor:
     """How far each stream has moved since `previous`, all streams in one launch.
 
-    Per stream: `sum |previous - current|` and `sum |previous|`.
+    Per stream: `sum |previous - current|` and `sum |previous|`, whose quotient is TeaCache's relative L1 distance.
 
     Args:
         previous: S tensors, float32, float16 or bfloat16, any shape and strides.
@@ -62,7 +62,7 @@ def residual_push(
 ) -> None:
     """Stores each stream's residual, `ring[slot] = after - before`, rounded once, all streams in one launch.
 
-    With `scales`, residuals are stored in E4M3: every row (the last dimension, a token) as codes
+    With `scales`, residuals are stored in E4M3 (arXiv 2209.05433): every row (the last dimension, a token) as codes
     `E4M3((after - before) / scale)` with a scale that takes its largest magnitude to 448. The residual is not rounded
     before that. A row with NaN keeps its other values, one with an infinity becomes NaN.
 

@@ -139,7 +139,7 @@ def begin_scatter_heads(
 
     So each of V, Q and K can leave as soon as it is there, while the next one is computed. `op` is named in errors.
     """
-    group, world, rank = _members(op, tensors, group)
+    group, world, rank = _members(op, tensors, float8, group)
     length, heads = tensors[0].shape[1:3]
     if lengths is None:
         lengths = (length,) * world
@@ -162,19 +162,21 @@ def begin_scatter_sequence(
     op: str = "begin_scatter_sequence",
 ) -> Exchange:
     """Starts what `quantized_all_to_all_output` does, for any number of tensors. `op` is named in errors."""
-    group, world, rank = _members(op, tensors, group)
+    group, world, rank = _members(op, tensors, float8, group)
     length, own_heads = tensors[0].shape[1:3]
     shares = even_splits(own_heads * world if heads is None else heads, world)
     if shares[rank] != own_heads:
         raise RuntimeError(f"{op}: heads must be a number of which rank {rank} has {own_heads}, got {heads}: {shares}")
     lengths = even_splits(length, world) if lengths is None else lengths
-    if len(lengths) != world:
-        raise RuntimeError(f"{op}: lengths must be those of {world} ranks, got {tuple(lengths)}")
+    if len(lengths) != world or sum(lengths) != length:
+        raise RuntimeError(f"{op}: lengths must be those of {world} ranks, {length} in all, got {tuple(lengths)}")
     return Exchange(tensors, (SEQUENCE, lengths), (HEADS, shares), float8, dequantize, group)
 
 
-def _members(op: str, tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> tuple[dist.ProcessGroup, int, int]:
+def _members(
+    op: str, tensors: Sequence[Tensor], float8: Sequence[bool], group: dist.ProcessGroup | None
+) -> tuple[dist.ProcessGroup, int, int]:
     """The group, its size, and this rank's place in it."""
-    _checks.attention_tensors(op, tensors)
+    _checks.attention_tensors(op, tensors, float8)
     group = dist.distributed_c10d._get_default_group() if group is None else group
     return group, dist.get_world_size(group), dist.get_rank(group)

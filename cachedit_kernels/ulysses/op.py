@@ -23,8 +23,9 @@ class Quantized(NamedTuple):
 def ulysses_pack(tensors: Sequence[Tensor], splits: Sequence[int], scatter_dim: int, float8: Sequence[bool]) -> Tensor:
     """Quantises, permutes and packs tensors into one buffer with an aligned block per peer, in one launch.
 
-    For Q, K and V, `scatter_dim` is 2: peer p gets `splits[p]` of the heads. For O it is 1: peer p gets `splits[p]`
-    tokens. `ulysses/layout.py` says where everything lies.
+    The sending side of DeepSpeed-Ulysses' exchanges (arXiv 2309.14509). For Q, K and V, `scatter_dim` is 2: peer p gets
+    `splits[p]` of the heads. For O it is 1: peer p gets `splits[p]` tokens. `ulysses/layout.py` says where everything
+    lies.
 
     A tensor travels as it is, or (where `float8` says so) in E4M3 with a float32 scale for each token and head,
     amax / 448. Codes are the correctly rounded quotients, saturating at 448; zeros stay zeros. A NaN stays where it is;

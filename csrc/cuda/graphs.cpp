@@ -104,16 +104,8 @@ const char* cachedit_cuda_control_init(void* control, double threshold, double a
     std::snprintf(message, sizeof(message), "order: expected 0 to %d, got %d", policy::kMaxOrder, order);
     return message;
   }
-  policy::Rules rules;
-  rules.threshold = threshold;
-  rules.accumulated_limit = accumulated_limit;
-  rules.max_cached_steps = max_cached_steps;
-  rules.max_continuous_cached_steps = max_continuous_cached_steps;
-  rules.warmup = warmup;
-  rules.warmup_interval = warmup_interval;
-  rules.refresh_hint = refresh_hint;
-  rules.refresh_repeats = refresh_repeats;
-  rules.order = order;
+  policy::Rules rules{threshold, accumulated_limit, max_cached_steps, max_continuous_cached_steps, warmup,
+                      warmup_interval, refresh_hint, refresh_repeats, order};
   if (mask != nullptr && !policy::set_mask(rules, mask, mask_length, mask_is_static)) {
     std::snprintf(message, sizeof(message), "mask: expected at most %d steps, got %lld", policy::kMaxMask,
                   static_cast<long long>(mask_length));

@@ -12,12 +12,6 @@ from cachedit_kernels import ulysses_pack
 from cachedit_kernels.ulysses.layout import HEADS, SEQUENCE, even_splits
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.usefixtures("path")
-
-
-@pytest.fixture
-def path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
 
 def test_one_rank_exchanges_nothing() -> None:

@@ -6,7 +6,6 @@ import csv
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from cachedit_kernels.ulysses.layout import even_splits
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    yield
 
 
 def test_benchmarks_add_rows_to_one_history(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from cachedit.embedded import load_pipeline
 from cachedit.policy import Decision
 from first_blocks import CASES
 from holds import enable, reused, reusing, same, static
-from toys import Shaped, call_flux, flux_inputs, make_toy, run_toy, tiny_flux, tiny_flux_pipeline, toy_inputs
+from toys import Shaped, call_flux, flux_inputs, make_toy, run_flux, run_toy, tiny_flux, tiny_flux_pipeline, toy_inputs
 
 STEPS = 5
 MASK = [1, 1, 0, 1, 0]
@@ -56,9 +57,7 @@ def no_more():
     return torch._dynamo.config.patch(error_on_recompile=True)
 
 
-def flux_run(model, steps=STEPS, **inputs):
-    with torch.no_grad():
-        return [model(**flux_inputs(step, steps, **inputs)).sample for step in range(steps)]
+flux_run = partial(run_flux, steps=STEPS)
 
 
 def dynamic(**fields):
@@ -200,7 +199,7 @@ class TestGraphs:
 
     @pytest.mark.parametrize("dynamic_shapes", [None, True])
     def test_two_resolutions(self, dynamic_shapes):
-        model = cached_flux()
+        model = cached_flux(double=1, single=1)
         expected = [flux_run(model, tokens=tokens) for tokens in (20, 28, 36)]
         run = compiled(model, backend="aot_eager", dynamic=dynamic_shapes)
         outputs = [flux_run(run, tokens=20), flux_run(run, tokens=28)]

@@ -13,7 +13,7 @@ from diffusers.hooks import ModelHook as DiffusersHook
 import cachedit
 from cachedit import DBCacheConfig, TaylorSeerCalibratorConfig
 from cachedit.forward import CachedForward
-from toys import flux_inputs, tiny_flux
+from toys import flux_inputs, run_flux, tiny_flux
 
 CONFIG = DBCacheConfig(
     Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=9.0, num_inference_steps=5
@@ -48,8 +48,7 @@ def enable(model):
 
 
 def run(model):
-    with torch.no_grad():
-        return torch.stack([model(**flux_inputs(step, 5)).sample for step in range(5)])
+    return torch.stack(run_flux(model, 5))
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,9 @@ import pytest
 import torch
 
 import cachedit
-from cachedit import BlockAdapter, DBCacheConfig, DBPruneConfig, ParamsModifier, TaylorSeerCalibratorConfig
+from cachedit import BlockAdapter, DBPruneConfig, ParamsModifier, TaylorSeerCalibratorConfig
+from holds import reusing
 from toys import call_flux, make_toy, run_toy, tiny_flux_pipeline, toy_inputs
-
-
-def reusing(kind=DBCacheConfig, **settings):
-    return kind(**{"Fn_compute_blocks": 1, "max_warmup_steps": 2, "residual_diff_threshold": 1e9, **settings})
 
 
 def flux_call(size=32, batch=1):

@@ -16,15 +16,10 @@ import cachedit
 from cachedit import DBPruneConfig, TaylorSeerCalibratorConfig
 from cachedit.prune import PruneState
 from holds import both_kinds, reused, reusing, same, traces
-from toys import call_flux, flux_inputs, tiny_flux, tiny_flux_pipeline
+from toys import call_flux, run_flux, tiny_flux, tiny_flux_pipeline
 
 CPU = torch.device("cpu")
 EITHER_ORDER = pytest.mark.parametrize("enabled_first", [True, False], ids=["enabled first", "enabled last"])
-
-
-def run(model, steps=6):
-    with torch.no_grad():
-        return [model(**flux_inputs(step, steps)).sample for step in range(steps)]
 
 
 def enable(model, kind, **fields):
@@ -36,7 +31,7 @@ def expected(kind=None, **fields):
     model = tiny_flux()
     if kind is not None:
         enable(model, kind, **fields)
-    return run(model)
+    return run_flux(model)
 
 
 def group(**options):
@@ -63,17 +58,17 @@ def test_offloading(kind, enabled_first, tail, offload, tmp_path):
     model, fields = tiny_flux(), {"Bn_compute_blocks": tail}
     if enabled_first:
         enable(model, kind, **fields)
-        run(model, 3)  # in the midst of a request
+        run_flux(model, 3)  # in the midst of a request
         cachedit.refresh_context(model)
     OFFLOADS[offload](model, tmp_path)
     if not enabled_first:
         enable(model, kind, **fields)
     for _ in range(2):
-        for ours, theirs in zip(run(model), expected(kind, **fields), strict=True):
+        for ours, theirs in zip(run_flux(model), expected(kind, **fields), strict=True):
             torch.testing.assert_close(ours, theirs)
         assert reused(model) == [[2, 3, 4, 5]]
     cachedit.disable_cache(model)
-    for ours, theirs in zip(run(model), expected(), strict=True):
+    for ours, theirs in zip(run_flux(model), expected(), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -88,7 +83,7 @@ def test_blocks_computed_behind_pruned_ones_bring_their_weights(why, tmp_path, m
         if offloaded:
             OFFLOADS["groups of two"](model, tmp_path)
         enable(model, DBPruneConfig, **fields)
-        outputs.append(run(model))
+        outputs.append(run_flux(model))
         assert cachedit.summary(model, logging=False)[0].pruned_blocks == [0, 0, 3, 3, 3, 3]
     for ours, theirs in zip(*outputs, strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -101,7 +96,7 @@ def test_accelerate_s_hooks_come_off(kind, hooks_go_first):
     for each in (model, plain):
         cpu_offload(each, CPU)
     enable(model, kind)
-    run(model)
+    run_flux(model)
     for take_off in (remove_hook_from_submodules, cachedit.disable_cache)[:: 1 if hooks_go_first else -1]:
         take_off(model)
     remove_hook_from_submodules(plain)
@@ -148,11 +143,11 @@ def test_layerwise_casting(kind, enabled_first):
         put(model, kind)
     cast(other, kind)
     enable(other, kind)
-    assert same(run(model), run(other)) and reused(model) == [[2, 3, 4, 5]]
+    assert same(run_flux(model), run_flux(other)) and reused(model) == [[2, 3, 4, 5]]
     plain = tiny_flux()
     cast(plain, kind)
     cachedit.disable_cache(model)
-    assert same(run(model), run(plain)) and traces(model) == traces(plain)
+    assert same(run_flux(model), run_flux(plain)) and traces(model) == traces(plain)
 
 
 class TestLoRA:

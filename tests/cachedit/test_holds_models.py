@@ -13,7 +13,7 @@ import cachedit
 from cachedit import BlockAdapter, DBCacheConfig, DBPruneConfig, ForwardPattern, TaylorSeerCalibratorConfig
 from cachedit.controller import controller_of
 from holds import both_kinds, enable, reused, reusing, same, static, traces, zeros
-from toys import DIM, call_flux, flux_inputs, make_toy, run_toy, tiny_flux, tiny_flux_pipeline, toy_inputs
+from toys import DIM, call_flux, flux_inputs, make_toy, run_flux, run_toy, tiny_flux, tiny_flux_pipeline, toy_inputs
 
 CONFIGS = {
     "DBCache": reusing(),
@@ -21,11 +21,6 @@ CONFIGS = {
     "DBPrune": reusing(DBPruneConfig),
     "static": static([1, 0, 1, 0, 0, 1]),
 }
-
-
-def run_flux(model, steps=6):
-    with torch.no_grad():
-        return [model(**flux_inputs(step, steps)).sample for step in range(steps)]
 
 
 @pytest.fixture(scope="module")

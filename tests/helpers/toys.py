@@ -26,12 +26,7 @@ class DualBlock(nn.Module):
     def forward(self, hidden_states, encoder_hidden_states, temb=None):
         pooled = hidden_states.mean(1, keepdim=True)
         change = torch.tanh(self.mix(hidden_states) + encoder_hidden_states.mean(1, keepdim=True))
-        if temb is not None:
-            change = change * (1 + temb)
-        if self.in_place:
-            hidden_states += 0.2 * change
-        else:
-            hidden_states = hidden_states + 0.2 * change
+        hidden_states = _changed(hidden_states, change, temb, self.in_place)
         if self.pattern.Return_H_Only:
             return hidden_states
         encoder = encoder_hidden_states + 0.2 * torch.tanh(self.cross(encoder_hidden_states) + pooled)
@@ -48,12 +43,7 @@ class SingleBlock(nn.Module):
 
     def forward(self, hidden_states, temb=None):
         change = torch.tanh(self.mix(hidden_states))
-        if temb is not None:
-            change = change * (1 + temb)
-        if self.in_place:
-            hidden_states += 0.2 * change
-        else:
-            hidden_states = hidden_states + 0.2 * change
+        hidden_states = _changed(hidden_states, change, temb, self.in_place)
         if self.pattern.Return_H_Only:
             return hidden_states
         encoder = torch.tanh(self.side(hidden_states)).mean(1, keepdim=True)
@@ -69,6 +59,12 @@ LOOPS: dict[str, Callable[[nn.ModuleList], Iterator[Any]]] = {
     "index": lambda blocks: (blocks[i] for i in range(len(blocks))),
     "halves": lambda blocks: iter([*blocks[:2], *blocks[2:]]),
 }
+
+
+def _changed(hidden_states, change, temb, in_place):
+    if temb is not None:
+        change = change * (1 + temb)
+    return hidden_states.add_(0.2 * change) if in_place else hidden_states + 0.2 * change
 
 
 class Toy(nn.Module):
@@ -243,6 +239,12 @@ def flux_inputs(step: int, total: int, batch: int = 1, tokens: int = 16, seed: i
         "img_ids": torch.zeros(tokens, 3),
         "txt_ids": torch.zeros(5, 3),
     }
+
+
+def run_flux(model: nn.Module, steps: int = 6, **inputs: Any) -> list[torch.Tensor]:
+    """What a FLUX transformer predicts at each step of a request; ``inputs`` go to :func:`flux_inputs`."""
+    with torch.no_grad():
+        return [model(**flux_inputs(step, steps, **inputs)).sample for step in range(steps)]
 
 
 def tiny_flux_pipeline(seed: int = 0, **kwargs: Any) -> Any:

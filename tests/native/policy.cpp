@@ -20,16 +20,8 @@ using Row = std::tuple<int64_t, bool, std::optional<double>, int, int, std::vect
 Rules make_rules(double threshold, double accumulated_limit, int64_t max_cached_steps,
                  int64_t max_continuous_cached_steps, int64_t warmup, int64_t warmup_interval, int64_t refresh_hint,
                  bool refresh_repeats, const std::vector<uint8_t>& mask, bool mask_is_static, int order) {
-  Rules rules;
-  rules.threshold = threshold;
-  rules.accumulated_limit = accumulated_limit;
-  rules.max_cached_steps = max_cached_steps;
-  rules.max_continuous_cached_steps = max_continuous_cached_steps;
-  rules.warmup = warmup;
-  rules.warmup_interval = warmup_interval;
-  rules.refresh_hint = refresh_hint;
-  rules.refresh_repeats = refresh_repeats;
-  rules.order = order;
+  Rules rules{threshold, accumulated_limit, max_cached_steps, max_continuous_cached_steps, warmup, warmup_interval,
+              refresh_hint, refresh_repeats, order};
   if (!mask.empty() && !set_mask(rules, mask.data(), static_cast<int64_t>(mask.size()), mask_is_static)) {
     throw py::value_error("mask is too long");
   }

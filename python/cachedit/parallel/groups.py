@@ -53,7 +53,6 @@ class Groups:
         pieces = [number(i // sizes.ulysses, i % sizes.ulysses, t) for i in range(sizes.sequence)]
         self.sequence = self._group(pieces) if both else self.ring or self.ulysses
         self.tp_mesh = None if self.tp is None else DeviceMesh.from_group(self.tp, device_type)
-        self.piece = r * sizes.ulysses + u
         self.ring_rank = r
 
     def _group(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:

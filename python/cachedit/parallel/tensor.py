@@ -55,7 +55,7 @@ def check_tensor_parallel(transformer: nn.Module, size: int) -> None:
     _check_state(transformer, size)
     sharding = _sharding(transformer)
     _check_weights(transformer, size, sharding)
-    _check_counts(size, sharding)
+    check_counts(sharding.counts, size)
 
 
 def shard_transformer(transformer: nn.Module, mesh: DeviceMesh) -> None:
@@ -85,8 +85,7 @@ def shard_transformer(transformer: nn.Module, mesh: DeviceMesh) -> None:
     for name in sharding.norms:
         whole: Any = transformer.get_submodule(name)
         transformer.set_submodule(name, ShardedRMSNorm(whole, mesh))
-    for module, attribute in sharding.counts:
-        setattr(module, attribute, getattr(module, attribute) // mesh.size())
+    divide_counts(sharding.counts, mesh.size())
     if sharding.rotary:
         for module in sharding.attention:
             module.register_forward_pre_hook(_RotaryShare(sharding.rotary, mesh), with_kwargs=True)
@@ -281,10 +280,17 @@ def _check_weights(transformer: nn.Module, size: int, sharding: Sharding) -> Non
         check_weight(name, transformer.get_parameter(name))
 
 
-def _check_counts(size: int, sharding: Sharding) -> None:
-    for module, attribute in sharding.counts:
+def check_counts(counts: Iterable[tuple[nn.Module, str]], size: int) -> None:
+    """That attributes of modules can become a rank's share."""
+    for module, attribute in counts:
         if getattr(module, attribute) % size:
             raise ValueError(
                 f"{attribute} of {type(module).__name__}: expected a multiple of {size} ranks, "
                 f"got {getattr(module, attribute)}"
             )
+
+
+def divide_counts(counts: Iterable[tuple[nn.Module, str]], size: int) -> None:
+    """Make them one."""
+    for module, attribute in counts:
+        setattr(module, attribute, getattr(module, attribute) // size)

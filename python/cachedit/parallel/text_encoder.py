@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from .tensor import check_modules, check_weight
+from .tensor import check_counts, check_modules, check_weight, divide_counts
 from .tensor_plans import ENCODER_PLANS, ENCODER_SHARES
 
 __all__ = ["check_text_encoder", "shard_text_encoder"]
@@ -46,12 +46,7 @@ def check_text_encoder(encoder: nn.Module, size: int) -> None:
         check_weight(f"{name}.weight", module.weight)
         if style in ("colwise", "rowwise") and isinstance(module, nn.Linear):
             _check_width(encoder, name, module.out_features if style == "colwise" else module.in_features, size)
-    for module, attribute in _shares(encoder):
-        if getattr(module, attribute) % size:
-            raise ValueError(
-                f"{attribute} of {type(module).__name__}: expected a multiple of {size} ranks, "
-                f"got {getattr(module, attribute)}"
-            )
+    check_counts(_counts(encoder), size)
 
 
 def shard_text_encoder(encoder: nn.Module, mesh: DeviceMesh) -> None:
@@ -69,13 +64,12 @@ def shard_text_encoder(encoder: nn.Module, mesh: DeviceMesh) -> None:
     check_text_encoder(encoder, mesh.size())
     if mesh.size() == 1:
         return
-    plan, shares, tied = _plan_of(encoder), _shares(encoder), _tied(encoder)
+    plan, counts, tied = _plan_of(encoder), _counts(encoder), _tied(encoder)
     for name, style in plan.items():
         parallelize_module(encoder.get_submodule(name), mesh, STYLES[style](), src_data_rank=None)
     for names in tied:
         _tie(encoder, names)
-    for module, attribute in shares:
-        setattr(module, attribute, getattr(module, attribute) // mesh.size())
+    divide_counts(counts, mesh.size())
 
 
 def _plan_of(encoder: Any) -> dict[str, str]:
@@ -108,7 +102,7 @@ def _check_width(encoder: nn.Module, name: str, width: int, size: int) -> None:
         raise ValueError(f"{name}: expected a multiple of {size} ranks, got {width}{unit}")
 
 
-def _shares(encoder: nn.Module) -> list[tuple[nn.Module, str]]:
+def _counts(encoder: nn.Module) -> list[tuple[nn.Module, str]]:
     """Modules, and their attributes that become a rank's share."""
     owners = [module for module in encoder.modules() if type(module).__name__ in ENCODER_SHARES]
     return [(owner, attribute) for owner in owners for attribute in ENCODER_SHARES[type(owner).__name__]]

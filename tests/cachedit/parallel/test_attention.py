@@ -90,7 +90,7 @@ def errors_on_a_rank(world: int) -> dict[Any, float]:
                         scale=case.scale,
                         enable_gqa=case.shared > 1,
                     ).transpose(1, 2)
-                mine = expected.split(even_splits(case.queries, world), 1)[groups.piece]
+                mine = expected.split(even_splits(case.queries, world), 1)[pieces.mine]
                 errors[str((case, sizes, rotate))] = float((out - mine).abs().max()) if out.numel() else 0.0
                 assert out.shape == mine.shape
     return errors

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 import traceback
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -14,13 +13,12 @@ from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProc
 from peft import LoraConfig
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import cachedit
 from cachedit import DBCacheConfig
 from cachedit.models import find_entry, find_transformers
 from cachedit.parallel.tensor import check_tensor_parallel, shard_transformer
+from counts import COLLECTIVES, Operators, bytes_held
 from pipelines import Tiny, build
 from pipelines.common import randomise
 from ranks import run_ranks
@@ -85,29 +83,9 @@ def resized(transformer: Any, **config: Any) -> nn.Module:
     return transformer
 
 
-def bytes_held(transformers: list[nn.Module]) -> int:
-    """Of all weights in block lists."""
+def bytes_of_blocks(transformers: list[nn.Module]) -> int:
     lists = [t.get_submodule(item.name) for t in transformers for item in sum(find_entry(t).sections, ())]
-    held = [p.to_local() if isinstance(p, DTensor) else p for blocks in lists for p in blocks.parameters()]
-    return sum(tensor.untyped_storage().nbytes() for tensor in held)
-
-
-WAITS = ("wait_tensor", "_wrap_tensor_autograd")  # they come with every one
-
-
-class Collectives(TorchDispatchMode):
-    """Counts them by name, inside of operators on DTensors as well."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if DTensor in types:
-            return NotImplemented  # it comes again with local tensors
-        if function.namespace in ("_c10d_functional", "c10d") and function._opname not in WAITS:
-            self.counts[function._opname] += 1
-        return function(*args, **kwargs or {})
+    return bytes_held(parameter for blocks in lists for parameter in blocks.parameters())
 
 
 def rank_of_families(names: list[str]) -> dict[str, Any]:
@@ -132,17 +110,17 @@ def compare(name: str, mesh: DeviceMesh) -> dict[str, Any]:
     """Error relative to the largest value, bytes of the blocks' weights, and which collectives there were."""
     tiny = build_shardable(name)
     transformers = find_transformers(tiny.pipe)
-    expected, whole = tiny(STEPS), bytes_held(transformers)
+    expected, whole = tiny(STEPS), bytes_of_blocks(transformers)
     for transformer in transformers:
         shard_transformer(transformer, mesh)
-    with Collectives() as collectives:
+    with Operators(*COLLECTIVES) as collectives:
         latents = tiny(STEPS)
     error = float((latents - expected).abs().max() / expected.abs().max())
     again = attempt(shard_transformer, transformers[0], mesh)
     return {
         "error": error,
         "whole": whole,
-        "held": bytes_held(transformers),
+        "held": bytes_of_blocks(transformers),
         "digest": hashlib.sha256(latents.numpy().tobytes()).hexdigest(),
         "collectives": dict(collectives.counts),
         "again": again.splitlines()[-1],
@@ -196,7 +174,7 @@ def test_two_ranks_equal_one(ranks, name):
 def test_collectives(ranks, name, per_forward):
     """One per pair of linear layers, and one per norm across heads."""
     forwards = STEPS * 2  # with guidance
-    assert ranks[0][name]["collectives"] == {"all_reduce": forwards * per_forward}
+    assert ranks[0][name]["collectives"] == {"_c10d_functional::all_reduce": forwards * per_forward}
 
 
 def test_cache_on_top(ranks):

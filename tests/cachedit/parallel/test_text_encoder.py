@@ -10,9 +10,9 @@ import torch
 import transformers
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 
 from cachedit.parallel.text_encoder import check_text_encoder, shard_text_encoder
+from counts import bytes_held
 from ranks import run_ranks
 
 VOCABULARY = 63  # odd: embeddings may be split unevenly
@@ -98,14 +98,13 @@ def hidden_states(encoder: nn.Module) -> list[torch.Tensor]:
     return [*output.hidden_states, *([output.logits] if "logits" in output else [])]
 
 
-def bytes_held(encoder: nn.Module) -> int:
+def bytes_for_text(encoder: nn.Module) -> int:
     """Of all weights but those that see images."""
-    held = [
-        parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return bytes_held(
+        parameter
         for name, parameter in encoder.named_parameters()
         if not any(part in name for part in ("vision", "visual", "multi_modal"))
-    ]
-    return sum(tensor.untyped_storage().nbytes() for tensor in held)
+    )
 
 
 def rank_of_encoders(names: list[str]) -> dict[str, Any]:
@@ -122,7 +121,7 @@ def rank_of_encoders(names: list[str]) -> dict[str, Any]:
 def compare(name: str, mesh: Any) -> dict[str, Any]:
     """Error relative to the largest value, bytes of weights before and after."""
     encoder = build(name)
-    expected, whole = hidden_states(encoder), bytes_held(encoder)
+    expected, whole = hidden_states(encoder), bytes_for_text(encoder)
     shard_text_encoder(encoder, mesh)
     ours = hidden_states(encoder)
     errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, expected, strict=True)]
@@ -131,7 +130,7 @@ def compare(name: str, mesh: Any) -> dict[str, Any]:
         again = ""
     except ValueError as error:
         again = str(error)
-    return {"error": max(errors), "whole": whole, "held": bytes_held(encoder), "again": again}
+    return {"error": max(errors), "whole": whole, "held": bytes_for_text(encoder), "again": again}
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 from types import SimpleNamespace
@@ -13,24 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cachedit.parallel.vae import SUPPORTED, Call, SharedMethod, _balance, share_tiles
+from counts import COLLECTIVES, Operators
 from ranks import run_ranks
 from vaes import CASES, LTX_2, Case, build
 
 IN_FOURS = ("AutoencoderKL", "two tiles", "one tile", "slices", "AutoencoderKLWan", "AutoencoderKLHunyuanVideo")
-
-
-class Collectives(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace in ("c10d", "_c10d_functional"):
-            self.counts[func._schema.name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 class Computed:
@@ -87,7 +75,7 @@ def share(case: Case, expected: dict[str, tuple[Tensor, Tensor, int]], group: An
     for method, (x, result, calls) in expected.items():
         coder = vae.encoder if method == "encode" else vae.decoder
         first = run(vae, method, x)
-        with Collectives() as collectives, Computed(coder) as computed:
+        with Operators(*COLLECTIVES) as collectives, Computed(coder) as computed:
             second = run(vae, method, x)  # by the plan that was kept
         same = torch.equal(first, result) and torch.equal(second, result)
         same &= (second.dtype, second.device) == (result.dtype, result.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cachedit_kernels import quantized_all_to_all, quantized_all_to_all_output
 from cachedit_kernels.ulysses import Quantized, begin_scatter_heads, reference
 from cachedit_kernels.ulysses import transport as chosen_transport
 from cachedit_kernels.ulysses.layout import even_splits
 from cachedit_kernels.ulysses.transport import VARIABLE
+from counts import COLLECTIVES, Operators
 from ranks import run_ranks
 
 worlds = pytest.mark.parametrize("world", [2, 4])
@@ -128,27 +127,12 @@ def test_exchanges_equal_the_single_process(world: int, transport: str) -> None:
                 assert value <= (0.05 if any(case.float8) or "E4M3" in name else exact), (case, error)
 
 
-class Operators(TorchDispatchMode):
-    """Counts the operators of ours and of torch.distributed that are called, but for waiting and wrapping."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        bookkeeping = ("_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd")
-        name = func._schema.name
-        if func.namespace in ("cachedit", "c10d", "_c10d_functional") and name not in bookkeeping:
-            self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def count_operators(case: Case) -> tuple[dict[str, int], dict[str, int]]:
     world, rank = dist.get_world_size(), dist.get_rank()
     shards = [t.split(lengths_of(case, world), dim=1)[rank] for t in whole(case)]
-    with Operators() as first:
+    with Operators("cachedit", *COLLECTIVES) as first:
         q, *_ = quantized_all_to_all(*shards, lengths=lengths_of(case, world))
-    with Operators() as second:
+    with Operators("cachedit", *COLLECTIVES) as second:
         quantized_all_to_all_output(q, heads=case.heads, lengths=lengths_of(case, world))
     return dict(first.counts), dict(second.counts)
 
@@ -247,10 +231,10 @@ def test_refusals_name_the_argument(transport: str) -> None:
             f"{qkv}: tensors[1] must have the shape of tensors[0], (1, 4, 6, 8), got (1, 3, 6, 8)",
             f"{qkv}: lengths must be those of 2 ranks, 4 at place {rank}, got {got}",
             f"{qkv}: lengths must be those of 2 ranks, 4 at place {rank}, got (4,)",
-            "ulysses_pack: float8 must have one value per tensor, 3, got 1",
+            f"{qkv}: float8 must have one value per tensor, 3, got 1",
             f"{o}: heads must be a number of which rank {rank} has 6, got 16: (8, 8)",
-            "ulysses_pack: splits must be sizes that add up to 4, dimension 1, got (1, 2)",
-            f"{o}: lengths must be those of 2 ranks, got (4,)",
+            f"{o}: lengths must be those of 2 ranks, 4 in all, got (1, 2)",
+            f"{o}: lengths must be those of 2 ranks, 4 in all, got (4,)",
             f"{o}: tensors[0] must be float32, float16 or bfloat16, got float64",
         ], messages
 
