@@ -57,7 +57,10 @@ LISTED = {
     ("docs/models.md", '"InventedTransformer"'): "tests/cachedit/models/test_adding.py",
     ("docs/models.md", '"InventedPipeline"'): "tests/cachedit/models/test_adding.py",
     ("docs/models.md", "from invented"): "tests/cachedit/models/test_adding.py",
-    ("docs/quantization.md", "import torch\nfrom diffusers import"): "bitsandbytes needs a GPU and weights",
+    (
+        "docs/quantization.md",
+        "import torch\nfrom diffusers import",
+    ): "needs weights, and a GPU for diffusers",
     ("docs/sglang.md", "mkdir -p shim"): "tests/cachedit/integrations/test_switch.py",
     ("docs/vllm-omni.md", "mkdir -p shim"): "tests/cachedit/integrations/test_switch.py",
     ("docs/vllm-omni.md", "from cachedit.integrations"): "tests/cachedit/integrations/test_vllm_omni.py",
