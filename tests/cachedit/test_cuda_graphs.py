@@ -30,6 +30,9 @@ class Replays:
     def refuses(self, device: torch.device) -> str | None:
         return None
 
+    def refuses_decisions(self) -> str | None:
+        return "the host decides here"
+
     def capture(self, run: Callable[[], Any], pool: Hashable) -> tuple[Any, Callable[[], None]]:
         self.captures += 1
         output = pytree.tree_map(torch.clone, run())
