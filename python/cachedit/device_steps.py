@@ -21,7 +21,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import cachedit_kernels as kernels
-from cachedit_kernels.graphs import MAX_MASK, MAX_ORDER, MAX_RECORDS, Control, Progress, Rules, StepGraph
+from cachedit_kernels.graphs import MAX_MASK, MAX_RECORDS, Control, Progress, Rules, StepGraph
 
 from .captured import Backend, Captured, Forward
 from .context import SectionState
@@ -40,8 +40,6 @@ def refuses(state: SectionState, passes: Passes) -> str | None:
     forecaster, mask = state.residuals.forecaster, state.policy.mask
     if not isinstance(forecaster, (Reuse, TaylorSeer)):
         return f"{type(forecaster).__name__} weighs otherwise"
-    if isinstance(forecaster, TaylorSeer) and forecaster.order > MAX_ORDER:
-        return f"TaylorSeer is of order {forecaster.order}, beyond {MAX_ORDER}"
     if mask is not None and len(mask) > MAX_MASK:
         return f"the mask has {len(mask)} steps, beyond {MAX_MASK}"
     if not state.config.cfg_diff_compute_separate:
@@ -155,6 +153,7 @@ class _Cut:
     def __init__(self, forward: Forward, controls: list[Control]):
         self.forward, self.controls = forward, controls
         self.sections = forward.controller.sections
+        self.measures = [state.policy.measures for state in forward.states]
 
     def walk(self, piece: Piece) -> tuple[Any, list[_Decision], Any]:
         """Run all pieces, both alternatives of each decision; return the head's graph, the decisions, the output."""
@@ -191,7 +190,7 @@ class _Cut:
         assert before is not None
         state = self.forward.states[index]
         streams, outputs = ([s for s in kept if isinstance(s, torch.Tensor)] for kept in seen.kept[index])
-        if state.policy.measures:
+        if self.measures[index]:
             _metric(state).write(Measured(before, streams[0]))
         state.residuals.write(self.controls[index].slot, streams[: len(outputs)], outputs)
         _copy(self._show(seen), places)
@@ -210,7 +209,7 @@ class _Cut:
         if seen.section is not None:
             assert seen.before is not None and seen.streams is not None
             state = self.forward.states[seen.section]
-            if state.policy.measures:
+            if self.measures[seen.section]:
                 sums = kernels.residual_l1([seen.before], [seen.streams[0]], [_metric(state).anchor])
             else:
                 sums = torch.zeros((1, 2), device=seen.before.device)

@@ -15,8 +15,9 @@ import torch
 import cachedit_kernels as kernels
 from cachedit_kernels import graphs
 from cachedit_kernels.graphs import Control, Record, Rules, StepGraph
+from captures import load_cudart
 from decisions import STEP_SKIPPED, by_the_engine
-from native import NVCC, build, build_cuda, cuda_headers
+from native import NVCC, build_cuda
 
 KERNEL_NODE, HOST_NODE = 0, 3  # cudaGraphNodeType
 
@@ -43,11 +44,7 @@ class Runtime:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    if NVCC is None:
-        pytest.skip("needs the headers that come with nvcc")
-    path = tmp_path_factory.mktemp("cudart") / "graphs.so"
-    build(path, "tests/native/cudart.cpp", "csrc/cuda/graphs.cpp", includes=(cuda_headers(),))
-    return ctypes.CDLL(str(path))
+    return load_cudart(tmp_path_factory.mktemp("cudart") / "graphs.so")
 
 
 @pytest.fixture
