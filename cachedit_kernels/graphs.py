@@ -34,7 +34,6 @@ from cachedit_kernels import _native
 
 __all__ = [
     "MAX_MASK",
-    "MAX_ORDER",
     "MAX_RECORDS",
     "REASONS",
     "Control",
@@ -57,7 +56,7 @@ REASONS = (  # in the order of csrc/policy.h
     "diff",
 )
 MAX_RECORDS = 1024  # of a request, as in csrc/cuda/control.h
-MAX_MASK, MAX_ORDER = 1024, 4  # as in csrc/policy.h
+MAX_MASK = 1024  # steps, as in csrc/policy.h
 
 
 class Rules(NamedTuple):

@@ -74,7 +74,7 @@ def records(model: Any) -> list[Any]:
 
 def alike(ours: Any, eager: Any) -> None:
     """The same outputs and the same records, NaN being NaN."""
-    torch.testing.assert_close(ours[0], eager[0], rtol=1e-6, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(ours[0], eager[0], rtol=0, atol=0, equal_nan=True)
     assert repr(ours[1:]) == repr(eager[1:])
 
 
@@ -108,8 +108,8 @@ def test_requests_one_after_the_other(
 
 def settings_of(rng: random.Random) -> dict[str, Any]:
     chosen: dict[str, Any] = {
-        "residual_diff_threshold": rng.choice((0.3, 0.5, 0.8, math.inf, 0.0)),
-        "max_accumulated_residual_diff_threshold": rng.choice((None, None, 0.6)),
+        "residual_diff_threshold": rng.choice((0.1, 0.2, 0.3, 0.8, math.inf, 0.0)),
+        "max_accumulated_residual_diff_threshold": rng.choice((None, 0.15, 0.4)),
         "max_warmup_steps": rng.choice((0, 1, 3, 5)),
         "warmup_interval": rng.choice((1, 2)),
         "max_cached_steps": rng.choice((-1, -1, 3)),
@@ -255,7 +255,6 @@ def test_the_host_takes_back_what_the_device_cannot_go_on_with(
 
 REFUSED = {
     "Hermite weighs otherwise": ({}, cachedit.HermiteCalibratorConfig()),
-    "TaylorSeer is of order 5, beyond 4": ({}, TaylorSeerCalibratorConfig(taylorseer_order=5)),
     "branches share a difference": ({"cfg_diff_compute_separate": False}, None),
     "the mask has 1025 steps, beyond 1024": ({"steps_computation_mask": [1] * 1025, "num_inference_steps": 1025}, None),
 }
