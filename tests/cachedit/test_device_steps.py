@@ -124,7 +124,7 @@ def settings_of(rng: random.Random) -> dict[str, Any]:
 
 
 def script_of(rng: random.Random) -> list[tuple[Any, ...]]:
-    """Two requests of two branches that take turns; a branch may skip steps, someone may look, tokens may change."""
+    """Two requests of two branches that take turns; a branch may skip steps, someone may look, inputs may change."""
     script: list[tuple[Any, ...]] = []
     where = {"a": 0, "b": 0}
     changes = {key: rng.choice((None, None, rng.randrange(2 * STEPS))) for key in where}
@@ -133,25 +133,27 @@ def script_of(rng: random.Random) -> list[tuple[Any, ...]]:
         step = where[key]
         where[key] += 1
         tokens = 5 if changes[key] is None or step < changes[key] else 7
-        wild = step == 13 and key == "b"
-        script.append((key, "cond", step, tokens, wild))
+        kind = "nan" if step == 13 and key == "b" else "strided" if rng.random() < 0.15 else ""
+        script.append((key, "cond", step, tokens, kind))
         if not (key == "a" and step % STEPS in (5, 6)):
-            script.append((key, "uncond", step, tokens, False))
+            script.append((key, "uncond", step, tokens, ""))
         if rng.random() < 0.1:
-            script.append((key, "summary", step, 0, False))
+            script.append((key, "summary", step, 0, ""))
     return script
 
 
 def play(model: Any, script: list[tuple[Any, ...]]) -> tuple[Any, ...]:
     outputs, seen = [], []
-    for key, what, step, tokens, wild in script:
+    for key, what, step, tokens, kind in script:
         with cachedit.request(model, key, STEPS):
             if what == "summary":
                 seen.append(records(model))
                 continue
             inputs = toy_inputs(step % STEPS, STEPS, tokens=tokens, seed=3 * (key == "a") + (what == "cond"))
-            if wild:
+            if kind == "nan":
                 inputs["hidden_states"][0, 0, 0] = math.nan
+            if kind == "strided":  # a graph of its own, on the same buffers
+                inputs["hidden_states"] = inputs["hidden_states"].mT.contiguous().mT
             with torch.no_grad(), controller_of(model).cache_context(what):
                 outputs.append(model(**inputs))
     for key in "ab":
