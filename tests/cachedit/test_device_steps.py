@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import cachedit
-from cachedit import DBCacheConfig, ForwardPattern, TaylorSeerCalibratorConfig
+from cachedit import DBCacheConfig, ForwardPattern, TaylorSeerCalibratorConfig, store
 from cachedit.controller import controller_of
 from cachedit.cuda_graphs import ForwardGraphs
 from cachedit_kernels import graphs as step_graphs
@@ -339,9 +339,36 @@ def test_on_a_gpu(calibrator: str, read_back: list[int]) -> None:
             with cachedit.request(model, key):
                 seen.append(records(model))
         results.append((outputs, seen))
-    torch.testing.assert_close(results[1][0], results[0][0])
+    torch.testing.assert_close(results[1][0], results[0][0])  # on a GPU the order of sums is free
     ours, eager = ([[(r.step, r.reused, r.reason) for r in entry[0][1]] for entry in result[1]] for result in results)
     assert ours == eager
     graphs = controller_of(model).graphs
     assert set(graphs.eager) == {"the first of its kind"} and graphs.replays > 5 * STEPS, str(graphs)
     assert len(read_back) == 6  # once per request
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_nothing_waits() -> None:
+    """Up to a request's last step, once graphs are captured, torch is not seen to wait for the device."""
+    model = make_toy().cuda()
+    enable(model, TaylorSeerCalibratorConfig())
+    cachedit.enable_cuda_graphs(model)
+    inputs = [{name: value.cuda() for name, value in toy_inputs(step, STEPS).items()} for step in range(STEPS)]
+    with torch.inference_mode():
+        for given in inputs:
+            model(**given)
+        for step, given in enumerate(inputs):
+            torch.cuda.set_sync_debug_mode("error" if step < STEPS - 1 else "default")
+            try:
+                model(**given)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    assert controller_of(model).graphs.replays == 2 * STEPS - 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_numbers_come_back_from_a_gpu() -> None:
+    rows = torch.rand(3, 2, device="cuda")
+    assert store.read_back(rows) == rows.cpu().tolist()
