@@ -177,7 +177,9 @@ class KnownForward(Captured):
         for state, buffers, reused in zip(states, self.buffers, self.verdicts, strict=True):
             residuals = state.residuals
             if reused:
-                buffers.weights.copy_(torch.tensor(residuals.weights(state.policy.step)))
+                rows = residuals.weights(state.policy.step)
+                pinned = torch.tensor(rows, dtype=torch.float32, pin_memory=buffers.weights.is_cuda)
+                buffers.weights.copy_(pinned, non_blocking=True)  # torch keeps it until the copy has been made
             else:
                 buffers.slot.fill_(residuals.next_slot)
 
