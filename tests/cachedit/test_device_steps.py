@@ -203,8 +203,7 @@ def test_lists_that_decide_separately(backend: Composes, name: str) -> None:
             modifiers = [cachedit.ParamsModifier(each) for each in (first, second)]
             cachedit.enable_cache(model, DBCacheConfig(**common), params_modifiers=modifiers)
             controller = controller_of(model)
-            if its is not None:
-                controller.graphs = ForwardGraphs(controller, backend=its)
+            controller.graphs = None if its is None else ForwardGraphs(controller, backend=its)
             with torch.no_grad():
                 outputs = [model(**call | {"timestep": call["timestep"] * s / 6})[0] for s in range(12)]
             results.append((outputs, records(model)))
