@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,27 +16,13 @@ from cachedit import DBCacheConfig, ForwardPattern, TaylorSeerCalibratorConfig, 
 from cachedit.controller import controller_of
 from cachedit.cuda_graphs import ForwardGraphs
 from cachedit_kernels import graphs as step_graphs
-from captures import Composes, load_cudart
+from captures import Composes
 from first_blocks import CASES
 from toys import Shaped, SingleBlock, flux_inputs, make_toy, run_toy, tiny_flux, toy_inputs
 
 STEPS = 10
 DYNAMIC = {"Fn_compute_blocks": 1, "max_warmup_steps": 2, "residual_diff_threshold": 0.4}
 STATIC = {"steps_computation_mask": [1, 1, 0, 1, 0, 0, 1, 0, 0, 1], "steps_computation_policy": "static"}
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return load_cudart(tmp_path_factory.mktemp("cudart") / "graphs.so")
-
-
-@pytest.fixture
-def backend(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Composes]:
-    functions = step_graphs.bind(library)
-    monkeypatch.setattr(step_graphs, "_functions", lambda: functions)
-    backend = Composes(library)
-    yield backend
-    assert not backend.errors
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ import torch
 import cachedit_kernels as kernels
 from cachedit_kernels import graphs
 from cachedit_kernels.graphs import Control, Progress, Record, Rules, StepGraph
-from captures import load_cudart
 from decisions import STEP_SKIPPED, by_the_engine
 from native import NVCC, build_cuda
 
@@ -40,11 +39,6 @@ class Runtime:
     @property
     def written(self) -> str:
         return self.log().decode()[self.start :]
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return load_cudart(tmp_path_factory.mktemp("cudart") / "graphs.so")
 
 
 @pytest.fixture
