@@ -32,7 +32,17 @@ from torch import Tensor
 
 from cachedit_kernels import _native
 
-__all__ = ["REASONS", "Control", "Record", "Rules", "StepGraph"]
+__all__ = [
+    "MAX_MASK",
+    "MAX_RECORDS",
+    "REASONS",
+    "Control",
+    "Progress",
+    "Record",
+    "Rules",
+    "StepGraph",
+    "unavailable",
+]
 
 REASONS = (  # in the order of csrc/policy.h
     "nothing stored",
@@ -46,6 +56,7 @@ REASONS = (  # in the order of csrc/policy.h
     "diff",
 )
 MAX_RECORDS = 1024  # of a request, as in csrc/cuda/control.h
+MAX_MASK = 1024  # steps, as in csrc/policy.h
 
 
 class Rules(NamedTuple):
@@ -62,10 +73,27 @@ class Rules(NamedTuple):
     """0: none."""
     refresh_repeats: bool = False
     mask: Sequence[int] = ()
-    """1 computes; at most 1024 steps. Empty: none."""
+    """1 computes; at most 1024 steps (MAX_MASK). Empty: none."""
     mask_is_static: bool = False
     order: int = 0
     """Of TaylorSeer, 1 to 4; 0 reuses the last residual as it is. order + 1 residuals are kept."""
+
+
+class Progress(NamedTuple):
+    """Where a request stands that a control takes over."""
+
+    step: int = 0
+    """The one to come."""
+    origin: int = 0
+    """Where the cache last started over."""
+    reused: int = 0
+    run: int = 0
+    """Reused in a row."""
+    accumulated: float = 0.0
+    stored: bool = False
+    next_slot: int = 0
+    steps: Sequence[int] = ()
+    """Whose residuals are stored, newest first."""
 
 
 class Record(NamedTuple):
@@ -96,35 +124,47 @@ class Control:
 
     def __init__(self, rules: Rules, device: torch.device | str = "cuda"):
         device = torch.device(device)
-        cuda = device.type == "cuda"
-        self.initial = torch.zeros(_call("control_bytes"), dtype=torch.uint8, pin_memory=cuda)
-        mask = bytes(map(bool, rules.mask)) or None
-        error = _call(
-            "control_init",
-            self.initial.data_ptr(),
-            *rules[:8],
-            mask,
-            len(rules.mask),
-            rules.mask_is_static,
-            rules.order,
-        )
-        if error is not None:
-            raise ValueError(error.decode())
-        self.memory = torch.empty_like(self.initial, device=device, pin_memory=False)
+        self.rules = rules
+        self.memory = torch.empty(_call("control_bytes"), dtype=torch.uint8, device=device)
+        self.begin()  # says what it cannot hold, before anything is laid out by it
         self.slot = torch.zeros((), dtype=torch.int64, device=device)
         self.weights = torch.zeros((2, rules.order + 1), dtype=torch.float32, device=device)
-        self.begin()
 
-    def begin(self) -> None:
-        """Start a request: forget what is stored and recorded, in the order of the current stream."""
-        self.memory.copy_(self.initial, non_blocking=True)
+    def begin(self, at: Progress | None = None, rules: Rules | None = None) -> None:
+        """Start a request, in the order of the current stream and without waiting for it; nothing is recorded yet.
+
+        Args:
+            at: Where it stands, if it is taken over. Default: at its first step, with nothing stored.
+            rules: Others, of the same order. Default: those that were given before.
+
+        Raises:
+            ValueError: For a mask, an order or stored steps that the control has no room for. Nothing changes then.
+        """
+        rules = self.rules if rules is None else rules
+        if rules.order != self.rules.order:
+            raise ValueError(f"rules.order must be {self.rules.order}, as the control was made for, got {rules.order}")
+        # Made anew each time: an earlier copy may still be on its way (torch keeps its memory until then).
+        host = torch.zeros(len(self.memory), dtype=torch.uint8, pin_memory=self.memory.is_cuda)
+        mask = bytes(map(bool, rules.mask)) or None
+        limits = (mask, len(rules.mask), rules.mask_is_static, rules.order)
+        _check_value("control_init", host.data_ptr(), *rules[:8], *limits)
+        if at is not None:
+            steps = (c_int64 * len(at.steps))(*at.steps)
+            _check_value("control_resume", host.data_ptr(), *at[:7], steps, len(at.steps))
+        self.rules = rules
+        self.memory.copy_(host, non_blocking=True)
 
     def set_step(self, step: int) -> None:
         """Number the step to come, where it is not the one after the last: a guidance branch need not run at each."""
         _check("control_set_step", self.memory.data_ptr(), step, _stream(self.memory.device))
 
     def records(self) -> list[Record]:
-        """Read back what happened since :meth:`begin`, at most 1024 steps of it; waits for the device."""
+        """Read back what happened since :meth:`begin`, at most 1024 steps of it; waits for the device.
+
+        Any thread may ask, whatever stream the steps were launched on.
+        """
+        if self.memory.is_cuda:
+            torch.cuda.synchronize(self.memory.device)
         memory = self.memory.cpu()
         steps = _call("control_records", memory.data_ptr(), None, 0)
         rows = torch.zeros((min(steps, MAX_RECORDS), 5), dtype=torch.float64)
@@ -248,6 +288,10 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         c_char_p,
         [c_void_p, c_double, c_double, *[c_int64] * 5, c_bool, c_char_p, c_int64, c_bool, c_int],
     ),
+    "control_resume": (
+        c_char_p,
+        [c_void_p, *[c_int64] * 4, c_double, c_bool, c_int, POINTER(c_int64), c_int],
+    ),
     "control_records": (c_int64, [c_void_p, c_void_p, c_int64]),
     "control_set_step": (c_char_p, [c_void_p, c_int64, c_void_p]),
     "step_new": (c_char_p, [POINTER(c_void_p)]),
@@ -269,6 +313,15 @@ def _functions() -> dict[str, Callable[..., Any]]:
         raise RuntimeError(f"cachedit_kernels was built without its CUDA part: {error}") from None
 
 
+def unavailable() -> str | None:
+    """Why steps cannot be put together here, or None."""
+    try:
+        _functions()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
 def bind(library: ctypes.CDLL) -> dict[str, Callable[..., Any]]:
     """The functions of a library that has them, by their names without the common prefix."""
     functions: dict[str, Callable[..., Any]] = {}
@@ -287,3 +340,9 @@ def _check(name: str, *arguments: Any) -> None:
     error = _call(name, *arguments)
     if error is not None:
         raise RuntimeError(f"{name}: {error.decode(errors='replace')}")
+
+
+def _check_value(name: str, *arguments: Any) -> None:
+    error = _call(name, *arguments)
+    if error is not None:
+        raise ValueError(error.decode(errors="replace"))

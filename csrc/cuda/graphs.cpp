@@ -116,6 +116,29 @@ const char* cachedit_cuda_control_init(void* control, double threshold, double a
   return nullptr;
 }
 
+const char* cachedit_cuda_control_resume(void* control, int64_t step, int64_t origin, int64_t reused, int64_t run,
+                                         double accumulated, bool stored, int next_slot, const int64_t* steps,
+                                         int count) {
+  Live& live = static_cast<Control*>(control)->live;
+  const int slots = live.rules.order + 1;
+  if (count < 0 || count > slots || next_slot < 0 || next_slot >= slots) {
+    std::snprintf(message, sizeof(message), "steps: expected at most %d and a slot below it, got %d and slot %d", slots,
+                  count, next_slot);
+    return message;
+  }
+  policy::State& state = live.state;
+  state.step = step;
+  state.origin = origin;
+  state.reused = reused;
+  state.run = run;
+  state.accumulated = accumulated;
+  state.stored = stored;
+  state.ring.next_slot = next_slot;
+  state.ring.count = count;
+  for (int i = 0; i < count; ++i) state.ring.steps[i] = steps[i];
+  return nullptr;
+}
+
 int64_t cachedit_cuda_control_records(const void* control, double* rows, int64_t room) {
   const Control& read = *static_cast<const Control*>(control);
   const int64_t kept = read.live.recorded < kMaxRecords ? read.live.recorded : kMaxRecords;

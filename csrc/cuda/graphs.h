@@ -14,6 +14,11 @@ const char* cachedit_cuda_control_init(void* control, double threshold, double a
                                        int64_t max_cached_steps, int64_t max_continuous_cached_steps, int64_t warmup,
                                        int64_t warmup_interval, int64_t refresh_hint, bool refresh_repeats,
                                        const uint8_t* mask, int64_t mask_length, bool mask_is_static, int order);
+// What `init` has filled takes over a request from where it stands (cachedit::policy::State). steps: those whose
+// residuals are stored, newest first.
+const char* cachedit_cuda_control_resume(void* control, int64_t step, int64_t origin, int64_t reused, int64_t run,
+                                         double accumulated, bool stored, int next_slot, const int64_t* steps,
+                                         int count);
 // Rows of (step, reused, measured, diff, reason) of a copy read back; returns how many steps
 // there were, of which the first `room` are written. Reasons are numbered as in csrc/policy.h.
 int64_t cachedit_cuda_control_records(const void* control, double* rows, int64_t room);

@@ -261,12 +261,15 @@ def limit_requests(target: Any, max_requests: int = 256, max_bytes: int | None =
 
 
 def enable_cuda_graphs(pipe_or_transformer: Any, max_graphs: int = 16) -> Any:
-    """Replay forwards whose decision is known beforehand as CUDA graphs. Experimental: not yet run on a GPU.
+    """Run steps as CUDA graphs, decided on the device where that can be. Experimental: not yet run on a GPU.
 
-    Those are warm-up steps, steps that a limit computes, and all steps of a static mask; steps that have to be measured
-    run eagerly, and so does what cannot be captured. :func:`summary` says how many, and why. Each kind of call (shapes,
-    guidance branch, computed or reused) runs eagerly once. Call this again after changing modules (a LoRA does) or
-    the attention backend. :func:`disable_cache` ends it.
+    With DBCache and plain reuse or TaylorSeer a step is one launch, whatever it turns out to be, and the host waits for
+    nothing until the request ends or :func:`summary` is asked for. Otherwise (an INFO line says once why) the host
+    decides: warm-up steps, steps that a limit computes and those of a static mask are replayed, steps that have to be
+    measured run eagerly. What cannot be captured runs eagerly as well; :func:`summary` says how many, and why.
+
+    Each kind of call (shapes, request, guidance branch) runs eagerly once. Call this again after changing modules (a
+    LoRA does) or the attention backend. :func:`disable_cache` ends it.
 
     Args:
         pipe_or_transformer: What the cache is enabled on; it is returned.

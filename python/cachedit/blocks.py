@@ -112,8 +112,10 @@ class Link:
 class Run(Protocol):
     """One section during one forward."""
 
-    bypassed: bool
-    """Whether the cache was left out because gradients are wanted."""
+    @property
+    def bypassed(self) -> bool:
+        """Whether the cache was left out because gradients are wanted."""
+        ...
 
     def sites(self, link: Link, blocks: list[nn.Module]) -> Iterator[Any]:
         """Hand out what the loop over one list gets to call."""

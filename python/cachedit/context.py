@@ -16,6 +16,7 @@ from .store import ResidualStore
 from .teacache import TeaCacheConfig
 
 if TYPE_CHECKING:
+    from .device_steps import DeviceSteps
     from .tap import Tap
 
 __all__ = ["SectionState", "State", "StreamSpec"]
@@ -47,13 +48,41 @@ class State:
         group: Ranks that hold the other pieces of the streams, and decide alike.
     """
 
-    policy: Policy
-
     def __init__(self, config: BasicCacheConfig, calibrator_config: CalibratorConfig | None, group: Any = None):
         self.config = config
         self.calibrator_config = calibrator_config
         self.group = group
         self.specs: list[StreamSpec] | None = None
+        self.device: DeviceSteps | None = None  # decides the steps, since it was set
+
+    @property
+    def policy(self) -> Policy:
+        """The request's policy. Where the device decides, this waits for it, and the host goes on from there."""
+        if self.device is not None:
+            self.take_back()
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        self._policy, self.device = policy, None
+
+    @property
+    def step(self) -> int:
+        """The step to come; known without waiting for the device."""
+        return self._policy.step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._policy.step = step
+
+    @property
+    def has_run(self) -> bool:
+        """Whether the request has had a step here; known without waiting for the device."""
+        return self.device is not None or bool(self._policy.records)
+
+    def take_back(self) -> None:
+        """Take note of what the device has decided; the policy decides the next step, until it is set again."""
+        raise NotImplementedError
 
     def begin(self, total_steps: int | None) -> None:
         """Start a request: forget what is stored and the statistics; buffers stay allocated."""
@@ -144,8 +173,37 @@ class SectionState(State):
         self.metric.release()
 
     @property
+    def buffers(self) -> list[torch.Tensor]:
+        """What is kept from step to step."""
+        return [*self.residuals.buffers, *self.metric.buffers]
+
+    @property
     def bytes_held(self) -> int:
         return self.residuals.bytes_held + self.metric.bytes_held
+
+    def note(self, decision: Decision, diff: float | None) -> None:
+        """Take note of a step whose buffers something else than this object has read or written."""
+        policy = self._policy
+        if decision is Decision.COMPUTE:
+            self.residuals.note(policy.step)
+            self.metric.known = policy.measures
+        policy.record(decision, diff)
+
+    def take_back(self) -> None:
+        device, self.device = self.device, None
+        assert device is not None
+        policy = self._policy
+        step = policy.step
+        for record in device.control.records():
+            policy.step = record.step
+            if policy.refresh_due():
+                self.forget()
+            policy.reason = record.reason
+            if record.diff is not None and not math.isfinite(record.diff):
+                policy.nonfinite += 1
+                self.residuals.forget()
+            self.note(Decision.REUSE if record.reused else Decision.COMPUTE, record.diff)
+        policy.step = step
 
     # One step: decide(), then either forecast() or store().
 

@@ -28,6 +28,7 @@ from .teacache import TeaCacheConfig
 
 if TYPE_CHECKING:
     from .cuda_graphs import ForwardGraphs
+    from .kept import KeptOutputs
     from .watch import PipelineWatch
 
 __all__ = ["Controller", "controller_of"]
@@ -74,6 +75,7 @@ class Controller:
         self._set_tap(make_tap(self.transformer, settings))
         self.requests = Requests()
         self.graphs: ForwardGraphs | None = None
+        self.watched_by: KeptOutputs | None = None  # during one forward
         self.watch: PipelineWatch | None = None  # on the pipeline that the cache was enabled through
         self.warned_about_grad = self.warned_about_idling = self.warned_about_mask = False
 
@@ -273,7 +275,7 @@ class Controller:
         self.requests.leave(step.request, step.outer)
 
     def _run(self, original: Any, branch: Branch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        runs = branch.runs()
+        runs = branch.runs() if self.watched_by is None else self.watched_by.watch(branch.runs())
         with run_sections(self, runs, branch, args, kwargs):
             output = original(*args, **kwargs)
         for run in runs:

@@ -1,10 +1,11 @@
-"""CUDA graphs of whole forwards: steps that are decided beforehand are replayed. Experimental: not yet run on a GPU.
+"""CUDA graphs of whole forwards. Experimental: not yet run on a GPU.
 
-Where warm-up, a static mask or a limit settles a step before it runs, the host knows which of two forwards it will be,
-the one that computes the body or the one that reuses it, and launches the captured one. Steps that have to be measured
-run eagerly: their decision lies in the middle of the forward.
+Most configurations are decided on the device (``device_steps.py``): a step is one launch. For the others, and where
+such a graph cannot be made, the host decides: where warm-up, a static mask or a limit settles a step before it runs, it
+launches the forward that computes the body or the one that reuses it (``captured.py``), and steps that have to be
+measured run eagerly, because their decision lies in the middle of the forward.
 
-What changes from step to step is read from the device: the forward's tensors, the ring's slot, the forecast's weights.
+A state's buffers are baked into its graphs, so requests and guidance branches that take turns have graphs of their own.
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from collections.abc import Callable, Hashable
+from typing import Any, cast
 
 import torch
 from torch.utils import _pytree as pytree
 
-from .blocks import Section, run_sections
-from .body import SectionRun
+from .blocks import Section
+from .captured import Backend, Captured, Forward, KnownForward, TorchGraphs
 from .context import SectionState, State
-from .metric import Measured
+from .device_steps import DecidedForward, refuses
+from .kept import KeptOutputs
 from .parallel.state import is_parallel
 from .policy import Decision, Policy
 from .request import Branch
@@ -32,95 +34,17 @@ logger = logging.getLogger(__name__)
 
 CONSTANTS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)  # what a graph may be keyed by
 
+_MISSING = object()
 
-class Backend(Protocol):
-    """What captures and replays."""
-
-    def refuses(self, device: torch.device) -> str | None:
-        """Why nothing on this device can be captured, or None."""
-        ...
-
-    def capture(self, run: Callable[[], Any], pool: Hashable) -> tuple[Any, Callable[[], None]]:
-        """Run once; return what it returned, and a function that computes it anew, in place.
-
-        Of calls with equal ``pool`` no two run at the same time, and no result is needed once another one has run.
-        """
-        ...
-
-
-class TorchGraphs:
-    """CUDA graphs as torch has them."""
-
-    def __init__(self) -> None:
-        self.pools: dict[Hashable, Any] = {}
-
-    def refuses(self, device: torch.device) -> str | None:
-        return None if device.type == "cuda" else f"CUDA graphs need a CUDA device, not {device.type}"
-
-    def capture(self, run: Callable[[], Any], pool: Hashable) -> tuple[Any, Callable[[], None]]:
-        run()  # whatever is compiled or chosen at a first run
-        handle = self.pools.setdefault(pool, torch.cuda.graph_pool_handle())
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=handle, capture_error_mode="thread_local"):
-            output = run()
-        return output, graph.replay
-
-
-class _Buffers(NamedTuple):
-    """What a section's captured operators read in place of numbers."""
-
-    slot: torch.Tensor
-    weights: torch.Tensor
-
-
-class _CapturedRun(SectionRun):
-    """A section in a forward whose decision is known."""
-
-    def __init__(self, section: Section, state: SectionState, reused: bool, buffers: _Buffers):
-        super().__init__(section, state)
-        self.reused = reused
-        self.buffers = buffers
-        self.stored = False
-
-    def decide(self, seen: Measured, streams: list[torch.Tensor]) -> bool:
-        if not self.reused and self.state.policy.measures:
-            self.state.metric.keep(seen, True)
-        return self.reused
-
-    def forecast(self, streams: list[torch.Tensor]) -> list[torch.Tensor]:
-        residuals = self.state.residuals
-        return residuals.forecast_by(self.buffers.weights, streams[: len(residuals.rings)])
-
-    def store(self, outputs: list[torch.Tensor]) -> None:
-        self.state.residuals.write(self.buffers.slot, self.inputs, outputs)
-        self.stored = True
-
-    def close(self) -> None:
-        if not (self.reuse if self.reused else self.stored):
-            raise RuntimeError(f"the forward did not run through {self.section.name} as a cached one does")
-
-
-class _Captured:
-    """A forward that was captured: its inputs and outputs have places of their own."""
-
-    def __init__(self, inputs: list[torch.Tensor], buffers: list[_Buffers]):
-        self.inputs = inputs
-        self.buffers = buffers
-        self.output: Any = None
-        self.replay: Callable[[], None] | None = None
-        self.replays = 0
-
-    def fill(self, inputs: Sequence[torch.Tensor]) -> None:
-        for place, given in zip(self.inputs, inputs, strict=True):
-            place.copy_(given)
+Verdicts = tuple[bool, ...] | None  # per section, whether the step is reused; None: the device decides
 
 
 class ForwardGraphs:
     """Captured forwards of one transformer, the least recently used first.
 
-    A forward is told by the shapes, dtypes and other values of its arguments, by the verdict of each section, and by
-    the buffers it uses. The first one of its kind runs eagerly: buffers are laid out, blocks that write into their
-    inputs found out.
+    A forward is told by the shapes, dtypes and other values of its arguments, by the verdict of each section if the
+    host decides, and by the buffers it uses. The first one of its kind runs eagerly: buffers are laid out, blocks that
+    write into their inputs found out.
 
     Args:
         controller: The transformer's controller.
@@ -140,12 +64,12 @@ class ForwardGraphs:
         self.max_graphs = max_graphs
         self.backend = TorchGraphs() if backend is None else backend
         self.parameters = list(controller.transformer.parameters())
-        self.graphs: OrderedDict[Hashable, _Captured | None] = OrderedDict()  # None: cannot be captured
+        self.graphs: OrderedDict[Hashable, Captured | None] = OrderedDict()  # None: cannot be captured
         self.seen: OrderedDict[Hashable, None] = OrderedDict()  # arguments and buffers of eager forwards
         self.replays = self.evicted = 0
         self.eager: Counter[str] = Counter()  # forwards that ran eagerly, by why
         self._lock = threading.Lock()
-        self._warned: set[str] = set()
+        self._said: set[str] = set()
 
     def __deepcopy__(self, memo: Any) -> None:
         return None  # a copied model has other parameters: enable it there
@@ -174,40 +98,46 @@ class ForwardGraphs:
             eagerly: Runs the cached forward without graphs.
         """
         leaves, structure = pytree.tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        verdicts = self._verdicts(branch, leaves, tensors)
-        if isinstance(verdicts, str):
-            self.eager[verdicts] += 1
-            return eagerly()
+        reason = self._refuses(branch, leaves)
+        if reason is not None:
+            return self._run_eagerly(reason, eagerly)
         call = (structure, tuple(map(_describe, leaves)), _modes(), self._weights())
-        buffers = _buffers(branch)
-        if (call, buffers) not in self.seen:
-            self.eager["the first of its kind"] += 1
-            output = eagerly()
+        kind = (call, _buffers(branch))
+        states = cast("list[SectionState]", branch.states)  # as _refuses has made sure of
+        if kind not in self.seen:
+            output = self._run_eagerly("the first of its kind", eagerly, watched=True)
             self._note((call, _buffers(branch)))
             return output
-        states = cast("list[SectionState]", branch.states)  # as _verdicts has made sure of
-        key = (verdicts, call, buffers)
+        on_device = self._decides_on_device(states, kind)
+        verdicts = None if on_device else _verdicts(states)
+        if isinstance(verdicts, str):
+            return self._run_eagerly(verdicts, eagerly)
+        key = (verdicts, *kind)
         with self._lock:
             known, captured = key in self.graphs, self.graphs.get(key)
             if known:
                 self.graphs.move_to_end(key)
         if not known:
-            captured = self._capture(original, branch, states, verdicts, leaves, structure)
+            captured = self._capture(original, branch, verdicts, leaves, structure)
             with self._lock:
                 self._keep(key, captured)
-        if captured is None or captured.replay is None:
-            self.eager["it cannot be captured"] += 1
-            return eagerly()
-        captured.fill(tensors)
-        for state, numbers, reused in zip(states, captured.buffers, verdicts, strict=True):
-            _point(state, numbers, reused)
-        captured.replay()
+        if captured is None:
+            if on_device:  # the host decides from now on
+                return self.forward(original, branch, args, kwargs, eagerly)
+            return self._run_eagerly("it cannot be captured", eagerly)
+        output = captured.replay(states, _tensors(leaves))
         self.replays += 1
-        captured.replays += 1
-        for state, reused in zip(states, verdicts, strict=True):
-            _account(state, reused)
-        return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, captured.output)
+        return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, output)
+
+    def _run_eagerly(self, reason: str, eagerly: Callable[[], Any], watched: bool = False) -> Any:
+        self.eager[reason] += 1
+        passes = self.controller.passes
+        if passes.watched or not watched:
+            return eagerly()
+        with KeptOutputs(self.controller) as watch:
+            output = eagerly()
+        passes.watched, passes.outputs_are_kept = watch.complete, watch.found
+        return output
 
     def _note(self, kind: Hashable) -> None:
         """A forward with these arguments and buffers has run eagerly: the next one like it may be captured."""
@@ -217,10 +147,11 @@ class ForwardGraphs:
             if len(self.seen) > 4 * self.max_graphs:
                 self.seen.popitem(last=False)
 
-    def _verdicts(self, branch: Branch, leaves: list[Any], tensors: list[torch.Tensor]) -> tuple[bool, ...] | str:
-        """Per section, whether the step is reused; or why it cannot be a graph."""
+    def _refuses(self, branch: Branch, leaves: list[Any]) -> str | None:
+        """Why this forward cannot be a graph, whatever is decided, or None."""
         if other := _other_than_tensors(leaves):
             return f"an argument is {other}"
+        tensors = _tensors(leaves)
         if not tensors or not self.parameters:
             return "no tensors to tell the device by"
         device = tensors[0].device
@@ -236,88 +167,93 @@ class ForwardGraphs:
             return "the transformer is in training mode"
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return "gradients are wanted"
-        verdicts = []
-        for state, section in zip(branch.states, self.controller.sections, strict=True):
-            if reason := _refuses(state, section):
-                return reason
-            if state.policy.refresh_due():
-                state.forget()
-            decision = state.policy.plan()
-            if decision is Decision.MEASURE:
-                return "a step that has to be measured"
-            verdicts.append(decision is Decision.REUSE)
-        return tuple(verdicts)
+        refused = map(_refuses_section, branch.states, self.controller.sections)
+        return next((reason for reason in refused if reason), None)
+
+    def _decides_on_device(self, states: list[SectionState], kind: tuple[Hashable, Hashable]) -> bool:
+        """Whether this step is decided on the device; if it never will, says why."""
+        if all(state.device is None and state.policy.static for state in states):
+            return False  # the host knows as well, and nothing needs to be conditional
+        if self.graphs.get((None, *kind), _MISSING) is None:
+            return False  # it was tried
+        reason = self.backend.refuses_decisions()
+        reasons = (refuses(state, self.controller.passes) for state in states)
+        reason = reason or next((each for each in reasons if each), None)
+        if reason is not None:
+            self._say(logging.INFO, f"steps of {self._name} are decided on the host: {reason}")
+        return reason is None
 
     def _capture(
-        self,
-        original: Callable[..., Any],
-        branch: Branch,
-        states: list[SectionState],
-        verdicts: tuple[bool, ...],
-        leaves: list[Any],
-        structure: Any,
-    ) -> _Captured | None:
+        self, original: Callable[..., Any], branch: Branch, verdicts: Verdicts, leaves: list[Any], structure: Any
+    ) -> Captured | None:
         with torch.inference_mode(False), torch.no_grad():
-            places = [torch.empty_like(leaf).copy_(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
-            device = places[0].device
-            buffers = [
-                _Buffers(
-                    torch.zeros((), dtype=torch.int64, device=device),
-                    torch.zeros((2, state.residuals.slots), dtype=torch.float32, device=device),
-                )
-                for state in states
-            ]
-        captured = _Captured(places, buffers)
-        for state, numbers, reused in zip(states, buffers, verdicts, strict=True):
-            _point(state, numbers, reused)
+            places = [torch.empty_like(tensor).copy_(tensor) for tensor in _tensors(leaves)]
         remaining = iter(places)
         args, kwargs = pytree.tree_unflatten(
             [next(remaining) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], structure
         )
-        sections = self.controller.sections
-
-        def run() -> Any:
-            runs = [_CapturedRun(*each) for each in zip(sections, states, verdicts, buffers, strict=True)]
-            with run_sections(self.controller, runs, branch, args, kwargs):
-                output = original(*args, **kwargs)
-            for each in runs:
-                each.close()
-            if other := _other_than_tensors(output):
-                raise RuntimeError(f"it returns {other}")
-            return output
-
+        forward = Forward(self.controller, original, branch, args, kwargs, places, _buffers(branch))
+        captured: Captured
         try:
             if hooked := _hooked(self.controller.transformer):
                 raise RuntimeError(f"{hooked} has hooks")
-            captured.output, captured.replay = self.backend.capture(run, _buffers(branch))
+            if verdicts is None:
+                captured = DecidedForward(forward, self.backend)
+            else:
+                captured = KnownForward(forward, verdicts, self.backend)
+            if other := _other_than_tensors(captured.output):
+                raise RuntimeError(f"it returns {other}")
         except Exception as error:  # whatever it is: the same forward runs eagerly, and raises it if it is the model's
-            self._warn(f"a forward of {type(self.controller.transformer).__name__} cannot be captured: {error}")
+            if verdicts is None:
+                self._say(logging.INFO, f"steps of {self._name} are decided on the host, no graph can: {error}")
+            else:
+                self._say(logging.WARNING, f"a forward of {self._name} cannot be captured: {error}")
             return None
         return captured
 
-    def _keep(self, key: Hashable, captured: _Captured | None) -> None:
+    def _keep(self, key: Hashable, captured: Captured | None) -> None:
         self.graphs[key] = captured
         while len(self.graphs) > self.max_graphs:
             _, dropped = self.graphs.popitem(last=False)
             self.evicted += 1
             if dropped is not None and dropped.replays <= 1:
-                self._warn(
+                self._say(
+                    logging.WARNING,
                     f"CUDA graphs are dropped before they are used again: more than max_graphs={self.max_graphs} kinds "
-                    "of forwards take turns, or an argument that is no tensor changes from step to step"
+                    "of forwards take turns, or an argument that is no tensor changes from step to step",
                 )
 
     def _weights(self) -> int:
         """Where the parameters are: a graph of others would compute with what is no longer there."""
         return hash(tuple([parameter.data_ptr() for parameter in self.parameters]))
 
-    def _warn(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            logger.warning("%s", message)
+    @property
+    def _name(self) -> str:
+        return type(self.controller.transformer).__name__
+
+    def _say(self, level: int, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            logger.log(level, "%s", message)
 
 
-def _refuses(state: State, section: Section) -> str | None:
+def _verdicts(states: list[SectionState]) -> tuple[bool, ...] | str:
+    """Per section, whether the step is reused; or why the host does not know yet."""
+    verdicts = []
+    for state in states:
+        if state.policy.refresh_due():
+            state.forget()
+        decision = state.policy.plan()
+        if decision is Decision.MEASURE:
+            return "a step that has to be measured"
+        verdicts.append(decision is Decision.REUSE)
+    return tuple(verdicts)
+
+
+def _refuses_section(state: State, section: Section) -> str | None:
     """Why steps of this section are not captured, or None."""
+    if state.device is not None:
+        return None  # a graph decides them: nothing is to be asked of the policy
     if not isinstance(state, SectionState) or type(state.policy) is not Policy or state.tap is not None:
         return f"{type(state.config).__name__} decides otherwise"
     if state.group is not None:
@@ -365,26 +301,10 @@ def _buffers(branch: Branch) -> Hashable:
     places: list[Hashable] = []
     for state in branch.states:
         if isinstance(state, SectionState):
-            ring = getattr(state.metric, "ring", None)
-            for buffer in (*state.residuals.rings, *([] if ring is None else [ring])):
-                places.append((buffer.data_ptr(), buffer.shape, buffer.dtype))
+            places += [(buffer.data_ptr(), buffer.shape, buffer.dtype) for buffer in state.buffers]
         places.append(None)
     return tuple(places)
 
 
-def _point(state: SectionState, buffers: _Buffers, reused: bool) -> None:
-    """Have the captured operators work on this step."""
-    residuals = state.residuals
-    if reused:
-        buffers.weights.copy_(torch.tensor(residuals.weights(state.policy.step)))
-    else:
-        buffers.slot.fill_(residuals.next_slot)
-
-
-def _account(state: SectionState, reused: bool) -> None:
-    """What a step that ran without the engine leaves behind."""
-    if reused:
-        state.policy.record(Decision.REUSE, None)
-    else:
-        state.residuals.note(state.policy.step)
-        state.policy.record(Decision.COMPUTE, None)
+def _tensors(leaves: list[Any]) -> list[torch.Tensor]:
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]

@@ -9,7 +9,7 @@ import torch
 
 import cachedit_kernels as kernels
 
-from .store import add_up, allocate
+from .store import add_up, allocate, read_back
 
 __all__ = ["HeadResidual", "Measured", "Metric", "SignalChange", "relative"]
 
@@ -27,6 +27,12 @@ class Measured(NamedTuple):
 
 class Metric(Protocol):
     """Measures a step, and keeps what later steps are measured against. Buffers are written in place."""
+
+    known: bool
+    """Whether there is anything to measure against."""
+
+    @property
+    def buffers(self) -> list[torch.Tensor]: ...
 
     @property
     def bytes_held(self) -> int: ...
@@ -61,8 +67,12 @@ class HeadResidual:
         self.known = False
 
     @property
+    def buffers(self) -> list[torch.Tensor]:
+        return [] if self.ring is None else [self.ring]
+
+    @property
     def bytes_held(self) -> int:
-        return 0 if self.ring is None else self.ring.nbytes
+        return sum(buffer.nbytes for buffer in self.buffers)
 
     def measure(self, seen: Measured) -> float:
         if not self.known or self.anchor is None:
@@ -70,13 +80,16 @@ class HeadResidual:
         return relative(kernels.residual_l1([seen.before], [seen.after], [self.anchor]), self.group)[0]
 
     def keep(self, seen: Measured, computed: bool) -> None:
-        if not computed:
-            return
+        if computed:
+            self.write(seen)
+            self.known = True
+
+    def write(self, seen: Measured) -> None:
+        """What :meth:`keep` does to the buffers at a computed step."""
         if self.ring is None:
             self.ring = allocate(1, seen.after)
             self.anchor = self.ring[0]
         kernels.residual_push([seen.before], [seen.after], [self.ring], 0)
-        self.known = True
 
     def forget(self) -> None:
         self.known = False
@@ -98,8 +111,12 @@ class SignalChange:
         self.known = False
 
     @property
+    def buffers(self) -> list[torch.Tensor]:
+        return [] if self.previous is None else [self.previous]
+
+    @property
     def bytes_held(self) -> int:
-        return 0 if self.previous is None else self.previous.nbytes
+        return sum(buffer.nbytes for buffer in self.buffers)
 
     def measure(self, seen: Measured) -> float:
         if not self.known or self.previous is None or seen.signal is None or not _alike(self.previous, seen.signal):
@@ -125,8 +142,8 @@ class SignalChange:
 
 def relative(sums: torch.Tensor, group: Any = None) -> list[float]:
     """Read rows of ``[moved, size]`` back and return their ratios; this waits for the device."""
-    sums = add_up(sums, group)
-    return [moved / size if size != 0.0 else 0.0 if moved == 0.0 else math.inf for moved, size in sums.tolist()]
+    rows = read_back(add_up(sums, group))
+    return [moved / size if size != 0.0 else 0.0 if moved == 0.0 else math.inf for moved, size in rows]
 
 
 def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:

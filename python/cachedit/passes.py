@@ -11,14 +11,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from .blocks import Link, Site
+from .blocks import Link, Site, run_sections
 from .policy import Decision
 from .store import forecast_streams
 
 if TYPE_CHECKING:
     from .controller import Controller
+    from .request import Branch
 
-__all__ = ["Forecast", "Passes", "Seen", "Streams"]
+__all__ = ["Forecast", "Passes", "Seen", "Streams", "run_pass"]
 
 Streams = tuple[torch.Tensor, Any]  # hidden_states, and what is in the place of encoder_hidden_states
 
@@ -116,8 +117,28 @@ def _trace(
     return Seen(run.stopped, run.before, run.streams, run.kept, run.finals, output)
 
 
+def run_pass(
+    passes: Passes,
+    branch: Branch,
+    resumed: int | None,
+    plan: tuple[Decision | None, ...],
+    given: dict[int, Streams],
+    forecasts: dict[int, Forecast],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Seen:
+    """The same, run instead of traced: how a step is cut for CUDA graphs."""
+    run = _Run(passes, resumed, plan, given, forecasts)
+    output = None
+    with run_sections(passes.controller, [run] * len(plan), branch, args, kwargs), contextlib.suppress(_Stop):
+        output = passes.original(*args, **kwargs)
+    return Seen(run.stopped, run.before, run.streams, run.kept, run.finals, output)
+
+
 class _Run:
-    """What the block lists hand out while a pass is traced, and what it leaves behind."""
+    """What the block lists hand out in a pass, and what it leaves behind."""
+
+    bypassed = False
 
     def __init__(
         self,
@@ -135,6 +156,8 @@ class _Run:
         self.outputs: Streams | None = None  # that are forecast for it
         self.kept: dict[int, tuple[Streams, Streams]] = {}
         self.finals: dict[int, Streams] = {}
+
+    def close(self) -> None: ...  # what it leaves behind, its caller takes
 
     def sites(self, link: Link, blocks: list[nn.Module]) -> Iterator[Any]:
         return iter([_Traced(block, self, link, number) for number, block in enumerate(blocks, link.offset)])

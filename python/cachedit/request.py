@@ -64,17 +64,17 @@ class Branch:
     @property
     def has_run(self) -> bool:
         """Whether it has run in this request."""
-        return bool(self.states[0].policy.records)
+        return self.states[0].has_run
 
     @property
     def step(self) -> int:
         """Steps of the request that are done."""
-        return self.states[0].policy.step
+        return self.states[0].step
 
     @step.setter
     def step(self, step: int) -> None:
         for state in self.states:
-            state.policy.step = step
+            state.step = step
 
     @property
     def bytes_held(self) -> int:

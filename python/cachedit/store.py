@@ -12,7 +12,7 @@ import cachedit_kernels as kernels
 from .calibrator import CalibratorConfig
 from .forecast import FittedForecaster, make_forecaster
 
-__all__ = ["ResidualStore", "add_up", "allocate", "forecast_streams"]
+__all__ = ["ResidualStore", "add_up", "allocate", "forecast_streams", "read_back"]
 
 
 class ResidualStore:
@@ -57,9 +57,14 @@ class ResidualStore:
         self.forget()
 
     @property
+    def buffers(self) -> list[torch.Tensor]:
+        """Rings, and their scales where they have any."""
+        return [*self.rings, *(self.scales or ())]
+
+    @property
     def bytes_held(self) -> int:
         """Bytes of the buffers."""
-        return sum(buffer.nbytes for buffer in (*self.rings, *(self.scales or ())))
+        return sum(buffer.nbytes for buffer in self.buffers)
 
     def push(self, step: int, streams: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
         """Keep the residual (or the outputs) of a computed step: ``rings[next_slot] = outputs - streams``."""
@@ -109,9 +114,13 @@ class ResidualStore:
 
     def forecast_by(self, weights: torch.Tensor, streams: list[torch.Tensor]) -> list[torch.Tensor]:
         """What :meth:`forecast` does with the buffers, given :meth:`weights` as a float32 tensor ``[2, K]``."""
-        plain = self.plain[: len(streams)]
+        return self._forecast(self.rows(weights, len(streams)), streams)
+
+    def rows(self, weights: torch.Tensor, streams: int) -> list[torch.Tensor]:
+        """What of :meth:`weights` forecasts each stream, or one row for all."""
+        plain = self.plain[:streams]
         kinds = plain[:1] if plain[0] == plain[-1] else plain
-        return self._forecast([weights[int(p)] for p in kinds], streams)
+        return [weights[int(p)] for p in kinds]
 
     def _forecast(
         self, weights: Sequence[Sequence[float] | torch.Tensor], streams: list[torch.Tensor]
@@ -130,7 +139,7 @@ class ResidualStore:
             if fitted:
                 rings = [self.rings[i] for i in fitted]
                 grams = kernels.ring_gram(rings, slots, scales=self._scales_of(fitted))
-                self.fits = [fitter.fit(self.steps, gram) for gram in add_up(grams, self.group).tolist()]
+                self.fits = [fitter.fit(self.steps, gram) for gram in read_back(add_up(grams, self.group))]
         fits = iter(self.fits)
         return [[1.0] if p else next(fits)(step) for p in plain]
 
@@ -177,6 +186,16 @@ def add_up(sums: torch.Tensor, group: Any) -> torch.Tensor:
     if group is not None:
         torch.distributed.all_reduce(sums, group=group)
     return sums
+
+
+def read_back(numbers: torch.Tensor) -> list[Any]:
+    """The tensor's numbers; waits for the device, and for no more of its work than leads to them."""
+    if not numbers.is_cuda:
+        return numbers.tolist()
+    host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)  # torch keeps such memory for the next time
+    host.copy_(numbers, non_blocking=True)
+    torch.cuda.current_stream(numbers.device).record_event().synchronize()
+    return host.tolist()
 
 
 def allocate(slots: int, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -7,38 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils import _pytree as pytree
 
 import cachedit
 from cachedit import DBCacheConfig, ForwardPattern, PolicyConfig, TaylorSeerCalibratorConfig
 from cachedit.controller import controller_of
 from cachedit.cuda_graphs import ForwardGraphs
+from captures import Replays
 from toys import Toy, flux_inputs, make_toy, run_toy, tiny_flux, toy_inputs
 
 STEPS = 8
 MASK = [1, 1, 1, 0, 0, 1, 0, 1]
 EAGER = 2  # steps of a toy that run eagerly: its lists are learnt at the first, the second is the first of its kind
 STATIC = {"steps_computation_mask": MASK, "steps_computation_policy": "static"}
-
-
-class Replays:
-    """Like a graph: what is captured is not run again with other arguments, only with other contents of the same."""
-
-    def __init__(self) -> None:
-        self.captures = 0
-
-    def refuses(self, device: torch.device) -> str | None:
-        return None
-
-    def capture(self, run: Callable[[], Any], pool: Hashable) -> tuple[Any, Callable[[], None]]:
-        self.captures += 1
-        output = pytree.tree_map(torch.clone, run())
-
-        def replay() -> None:
-            for place, new in zip(pytree.tree_leaves(output), pytree.tree_leaves(run())):
-                place.copy_(new)
-
-        return output, replay
 
 
 class Fails(Replays):

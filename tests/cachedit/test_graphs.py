@@ -14,9 +14,9 @@ import torch
 
 import cachedit_kernels as kernels
 from cachedit_kernels import graphs
-from cachedit_kernels.graphs import Control, Record, Rules, StepGraph
+from cachedit_kernels.graphs import Control, Progress, Record, Rules, StepGraph
 from decisions import STEP_SKIPPED, by_the_engine
-from native import NVCC, build, build_cuda, cuda_headers
+from native import NVCC, build_cuda
 
 KERNEL_NODE, HOST_NODE = 0, 3  # cudaGraphNodeType
 
@@ -39,15 +39,6 @@ class Runtime:
     @property
     def written(self) -> str:
         return self.log().decode()[self.start :]
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    if NVCC is None:
-        pytest.skip("needs the headers that come with nvcc")
-    path = tmp_path_factory.mktemp("cudart") / "graphs.so"
-    build(path, "tests/native/cudart.cpp", "csrc/cuda/graphs.cpp", includes=(cuda_headers(),))
-    return ctypes.CDLL(str(path))
 
 
 @pytest.fixture
@@ -168,6 +159,13 @@ def test_what_the_device_cannot_hold_is_refused(runtime: Runtime) -> None:
         Control(Rules(order=5), "cpu")
     with pytest.raises(ValueError, match="mask: expected at most 1024 steps, got 1025"):
         Control(Rules(mask=[1] * 1025), "cpu")
+    control = Control(Rules(order=1), "cpu")
+    before = control.memory.clone()
+    with pytest.raises(ValueError, match="steps: expected at most 2 and a slot below it, got 3 and slot 0"):
+        control.begin(Progress(steps=(3, 2, 1)))
+    with pytest.raises(ValueError, match=r"rules\.order must be 1, as the control was made for, got 2"):
+        control.begin(rules=Rules(order=2))
+    assert torch.equal(control.memory, before)
 
 
 def test_more_steps_than_are_recorded(runtime: Runtime) -> None:
