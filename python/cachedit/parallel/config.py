@@ -110,6 +110,8 @@ class ParallelismConfig:
 
     def __post_init__(self) -> None:
         names = [field.name for field in dataclasses.fields(self) if field.name != "parallel_kwargs"]
+        if not isinstance(self.parallel_kwargs or {}, dict):
+            raise TypeError(f"parallel_kwargs must be a dictionary, got {self.parallel_kwargs!r}")
         for key, value in (self.parallel_kwargs or {}).items():
             name = _OLD_NAMES.get(key, key)
             if name not in names:
