@@ -59,6 +59,7 @@ class HeadResidual:
         self.ring: torch.Tensor | None = None
         self.anchor: torch.Tensor | None = None  # the same memory without the ring's dimension
         self.known = False
+        self.casts = False  # whether the head returns another dtype than it gets, as it may under autocast
 
     @property
     def bytes_held(self) -> int:
@@ -67,15 +68,19 @@ class HeadResidual:
     def measure(self, seen: Measured) -> float:
         if not self.known or self.anchor is None:
             return math.inf
-        return relative(kernels.residual_l1([seen.before], [seen.after], [self.anchor]), self.group)[0]
+        before = seen.before.to(seen.after.dtype) if self.casts else seen.before
+        return relative(kernels.residual_l1([before], [seen.after], [self.anchor]), self.group)[0]
 
     def keep(self, seen: Measured, computed: bool) -> None:
         if not computed:
             return
+        if not self.known:
+            self.casts = seen.before.dtype != seen.after.dtype
         if self.ring is None:
             self.ring = allocate(1, seen.after)
             self.anchor = self.ring[0]
-        kernels.residual_push([seen.before], [seen.after], [self.ring], 0)
+        before = seen.before.to(seen.after.dtype) if self.casts else seen.before
+        kernels.residual_push([before], [seen.after], [self.ring], 0)
         self.known = True
 
     def forget(self) -> None:

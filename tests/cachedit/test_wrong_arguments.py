@@ -200,9 +200,10 @@ def test_a_functor_wants_a_module():
         PatchFunctor().apply(None)
 
 
-def test_parallel_kwargs_that_are_no_dictionary():
-    with pytest.raises(TypeError, match="parallel_kwargs must be a dictionary, got 3"):
-        ParallelismConfig(parallel_kwargs=3)
+@pytest.mark.parametrize("name", ["parallel_kwargs", "extra_parallel_kwargs", "cp_plan", "attention_backend"])
+def test_fields_of_parallelism(name):
+    with pytest.raises(TypeError, match=f"{name} must be a .*, got 3"):
+        ParallelismConfig(**{name: 3}).validate()
 
 
 class TestWrappers:
