@@ -1,17 +1,17 @@
 """Host time and operator calls of the cache itself, around 57 blocks that do nothing.
 
-    python benchmarks/bench_engine.py [--rounds 15] [--csv PATH]
+    python benchmarks/bench_engine.py [--device cuda] [--rounds 200] [--csv PATH]
 
-Rows: a step that is computed, one that is measured and reused, one that a static mask reuses; ours and, if it is
-installed, cache_dit on the same model, in turns in one process. "above loop" is the time above a bare loop over the
-blocks that the step runs: all 57 for a computed step, the first one for a reused step.
+Rows: a step that is computed, one that is measured and reused, one that a static mask reuses; ours and, where they are
+installed, cache_dit and diffusers' FirstBlockCache on the same model, in turns in one process. "above 57" is the time
+above the bare loop over all blocks, "above own" that above a bare loop over what the step runs: the first block
+where it is reused.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import datetime
 import io
 import logging
@@ -25,12 +25,10 @@ from torch.profiler import ProfilerActivity, profile
 import cachedit
 from cachedit import BlockAdapter, DBCacheConfig, ForwardPattern, TaylorSeerCalibratorConfig
 from cachedit_kernels.testing.timing import paired_medians
-from common import device_name
+from common import append, device_name
 
 RESULTS = Path(__file__).parent / "results" / "engine.csv"
-COLUMNS = ("date", "device", "torch", "engine", "step", "microseconds", "above_loop_us", "operators")
 FOREVER = 10**9
-STREAMS = (torch.randn(1, 16, 8), torch.randn(1, 4, 8))
 STEPS = {
     "computed": {"max_continuous_cached_steps": 0},
     "reused": {"residual_diff_threshold": 1.0},
@@ -39,6 +37,7 @@ STEPS = {
         "steps_computation_policy": "static",
     },
 }
+FIRST_BLOCK_THRESHOLDS = {"computed": -1.0, "reused": 1.0}
 
 
 class EmptyBlock(nn.Module):
@@ -46,12 +45,19 @@ class EmptyBlock(nn.Module):
         return encoder_hidden_states, hidden_states
 
 
+class FirstBlock(nn.Module):
+    """Has a residual, the same at each step: what is measured is 0, not 0 / 0."""
+
+    def forward(self, hidden_states, encoder_hidden_states):
+        return encoder_hidden_states, torch.neg(hidden_states)
+
+
 class Loop(nn.Module):
     """FLUX's shape: 19 double and 38 single blocks."""
 
     def __init__(self, duals: int = 19, singles: int = 38):
         super().__init__()
-        self.transformer_blocks = nn.ModuleList(EmptyBlock() for _ in range(duals))
+        self.transformer_blocks = nn.ModuleList([FirstBlock(), *(EmptyBlock() for _ in range(duals - 1))])
         self.single_transformer_blocks = nn.ModuleList(EmptyBlock() for _ in range(singles))
 
     def forward(self, hidden_states, encoder_hidden_states):
@@ -103,6 +109,24 @@ def peer(settings: dict[str, object]) -> nn.Module | None:
     return model
 
 
+def first_block_cache(step: str) -> nn.Module | None:
+    """It has no forecasts and no masks."""
+    try:
+        from diffusers import CacheMixin, FirstBlockCacheConfig
+        from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+    except ImportError:
+        return None
+    if step not in FIRST_BLOCK_THRESHOLDS:
+        return None
+    for block in (FirstBlock, EmptyBlock):
+        TransformerBlockRegistry.register(block, TransformerBlockMetadata(1, 0))
+    model = type("Loop", (Loop, CacheMixin), {})()
+    model.enable_cache(FirstBlockCacheConfig(FIRST_BLOCK_THRESHOLDS[step]))
+    model.context = model.cache_context("default")
+    model.context.__enter__()  # for good: ours and cache_dit's are timed without one
+    return model
+
+
 def operators(step: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         step()
@@ -113,47 +137,46 @@ def operators(step: Callable[[], object]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=200, help="turns that each candidate takes; medians are reported")
     parser.add_argument("--csv", type=Path, default=RESULTS, help="history to add to (default: %(default)s)")
     arguments = parser.parse_args()
 
+    device = torch.device(arguments.device)
+    streams = torch.randn(1, 16, 8, device=device), torch.randn(1, 4, 8, device=device)
     models: dict[tuple[str, str], nn.Module | None] = {}
     models["none", "bare loop"], models["none", "first block"] = Loop(), Loop(1, 0)
     for step, settings in STEPS.items():
         models["cachedit", step] = ours(settings)
         models["cache_dit", step] = peer(settings)
-    candidates = {key: (lambda model=model: model(*STREAMS)) for key, model in models.items() if model is not None}
-    cpu = torch.device("cpu")
+        models["FirstBlockCache", step] = first_block_cache(step)
+    candidates = {key: (lambda model=model: model(*streams)) for key, model in models.items() if model is not None}
     with torch.no_grad():
         counts = {}
         for key, run in candidates.items():
             for _ in range(3):  # the first steps allocate
                 run()
-            counts[key] = operators(run)
-        seconds = paired_medians({str(key): run for key, run in candidates.items()}, cpu, arguments.rounds)
-    arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-    new = not arguments.csv.exists()
-    with arguments.csv.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        print(f"{'engine':>10} {'step':>22} {'us':>9} {'above loop':>11} {'operators':>10}")
-        for key in candidates:
-            loop = str(("none", "bare loop" if key[1] == "computed" else "first block"))
-            microseconds = 1e6 * seconds[str(key)]
-            row = {
-                "date": datetime.date.today().isoformat(),
-                "device": device_name(cpu),
-                "torch": torch.__version__,
-                "engine": key[0],
-                "step": key[1],
-                "microseconds": f"{microseconds:.1f}",
-                "above_loop_us": "" if key[0] == "none" else f"{microseconds - 1e6 * seconds[loop]:.1f}",
-                "operators": counts[key],
-            }
-            writer.writerow(row)
-            print(f"{row['engine']:>10} {row['step']:>22} {row['microseconds']:>9} {row['above_loop_us']:>11} "
-                  f"{row['operators']:>10}")  # fmt: skip
+            counts[key] = operators(run) - 1  # that of the first block
+        seconds = paired_medians({str(key): run for key, run in candidates.items()}, device, arguments.rounds)
+    print(f"{'engine':>16} {'step':>20} {'us':>7} {'above 57':>9} {'above own':>10} {'operators':>10}")
+    for key in candidates:
+        engine, step = key
+        own = "bare loop" if step == "computed" else "first block"
+        us, whole, run = (1e6 * seconds[str(name)] for name in (key, ("none", "bare loop"), ("none", own)))
+        row = {
+            "date": datetime.date.today().isoformat(),
+            "device": device_name(device),
+            "torch": torch.__version__,
+            "engine": engine,
+            "step": step,
+            "microseconds": f"{us:.1f}",
+            "above_57_us": "" if engine == "none" else f"{us - whole:.1f}",
+            "above_own_us": "" if engine == "none" else f"{us - run:.1f}",
+            "operators": counts[key],
+        }
+        append(arguments.csv, row)
+        print(f"{engine:>16} {step:>20} {row['microseconds']:>7} {row['above_57_us']:>9} "
+              f"{row['above_own_us']:>10} {row['operators']:>10}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -15,11 +15,7 @@ from .config import BasicCacheConfig, CacheType, DBCacheConfig
 from .controller import Controller
 from .cuda_graphs import ForwardGraphs
 from .modifier import Settings, modified
-from .parallel.apply import (
-    disable_parallelism,
-    enable_parallelism,
-    sequence_group,
-)
+from .parallel.state import disable_parallelism, sequence_group
 from .prepare import Prepared, agree_on, prepare_caches
 from .quantization import prepare_quantization
 from .stats import CacheStats, collect, format_table
@@ -105,6 +101,8 @@ def enable_cache(
             disable_parallelism(transformer)  # it holds the backend's place
         set_attention_backend(prepared.transformers, attention_backend)
     if parallel is not None:
+        from .parallel.apply import enable_parallelism
+
         enable_parallelism(parallel)
         for controller in (*prepared.controllers, *controllers_of(pipe_or_adapter)):
             controller.join(sequence_group(controller.transformer))

@@ -13,8 +13,8 @@ is called, not when it is handed out, so a loop may collect the list beforehand,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import repeat
+from collections.abc import Iterable, Iterator
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -132,33 +132,35 @@ class SectionRun:
 
     def sites(self, link: Link, blocks: list[nn.Module]) -> Iterator[Any]:
         """Hand out the sites of one list."""
+        return chain.from_iterable(self._stretches(link, blocks))
+
+    def _stretches(self, link: Link, blocks: list[nn.Module]) -> Iterator[Iterable[Any]]:
+        """The sites of one list, a stretch at a time: each is made when the one before has run."""
         # First and last block of the body, numbered within this list; outside of it where they stand in another one.
         first, last, count = self.section.first - link.offset, self.section.last - link.offset, len(blocks)
         if first > last:  # empty body
-            yield from blocks
+            yield blocks
             return
         pattern = link.signature.pattern
-        for i in range(min(first, count)):
-            if i == first - 1 and not pattern.Return_H_Only:
-                yield _HeadEnd(blocks[i], self, link)
-            elif i + link.offset == 0:
-                yield _Open(blocks[i], self, link)
-            else:
-                yield blocks[i]
+        head: list[Any] = blocks[: max(first, 0)]
+        if head and link.offset == 0:
+            head[0] = _Open(head[0], self, link)
+        if 0 < first <= count and not pattern.Return_H_Only:
+            head[-1] = _HeadEnd(blocks[first - 1], self, link)
+        yield head
         tail = blocks[max(last + 1, 0) :]
         if 0 <= first < count:
-            yield _Edge(blocks[first], self, link, True, first == last, tail)
+            yield (_Edge(blocks[first], self, link, True, first == last, tail),)
         inside = blocks[max(first + 1, 0) : max(last, 0)]
         if not self.decided:
-            for block in inside:
-                yield _Body(block, self, link)
+            yield [_Body(block, self, link) for block in inside]
         elif self.reuse and self.streams is not None:
-            yield from map(_Skip, inside, repeat(pattern.pack(*self.streams)))
+            yield map(_Skip, inside, repeat(pattern.pack(*self.streams)))
         else:
-            yield from inside  # the step is computed: the blocks themselves, nothing in between
+            yield inside  # the step is computed: the blocks themselves, nothing in between
         if first < last and 0 <= last < count:
-            yield _Edge(blocks[last], self, link, False, True, tail)
-        yield from tail
+            yield (_Edge(blocks[last], self, link, False, True, tail),)
+        yield tail
 
 
 class _Open(Site):

@@ -18,7 +18,7 @@ from .config import BasicCacheConfig
 from .forward import CachedForward, find_own_forward, forward_slots
 from .integrations.internals import CachedContextManager
 from .modifier import Settings
-from .parallel.apply import sequence_group
+from .parallel.state import sequence_group
 from .patch_functor import is_patched
 from .pattern import BlockSignature
 from .request import Branch, Loop, Request, Requests, check_key

@@ -22,7 +22,7 @@ from .blocks import Section, run_sections
 from .body import SectionRun
 from .context import SectionState, State
 from .metric import Measured
-from .parallel.apply import is_parallel
+from .parallel.state import is_parallel
 from .policy import Decision, Policy
 from .request import Branch
 

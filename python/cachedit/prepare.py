@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
@@ -12,10 +12,11 @@ from .controller import Controller
 from .lazy import LazyController
 from .modifier import ParamsModifier, Settings, modifiers_per_transformer, settings_per_section
 from .parallel import ParallelismConfig
-from .parallel.apply import Parallelism, prepare_parallelism, process_group
-from .parallel.groups import agree
 from .quantization import Quantization
 from .targets import plans_of
+
+if TYPE_CHECKING:
+    from .parallel.apply import Parallelism
 
 __all__ = ["Prepared", "agree_on", "prepare_caches"]
 
@@ -50,6 +51,9 @@ def prepare_caches(target: Any, common: Settings, params_modifiers: Any) -> Prep
 
 def agree_on(target: Any, config: ParallelismConfig, prepare: Callable[[], Prepared]) -> tuple[Prepared, Parallelism]:
     """Prepare on every rank, or raise on every rank."""
+    from .parallel.apply import prepare_parallelism, process_group  # they import DTensor, which takes half a second
+    from .parallel.groups import agree
+
     group = process_group(config)
 
     def check() -> tuple[Prepared, Parallelism]:

@@ -270,6 +270,8 @@ class Requests:
         return request
 
     def _limit_count(self) -> None:
+        if len(self._by_key) <= self.max_requests:
+            return
         idle = [key for key, request in self._by_key.items() if key is not DEFAULT and request.owner is None]
         excess = len(self._by_key) - (DEFAULT in self._by_key) - self.max_requests
         for key in idle[: max(excess, 0)]:

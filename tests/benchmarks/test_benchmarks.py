@@ -32,6 +32,30 @@ def test_benchmarks_add_rows_to_one_history(tmp_path: Path) -> None:
         assert all(float(row[column]) > 0 for column in ("ours_ms", "eager_ms", "copy_ms", "ours_gbps"))
 
 
+def test_engine_benchmark_counts_operators(tmp_path: Path) -> None:
+    history = tmp_path / "engine.csv"
+    command = [sys.executable, ROOT / "benchmarks" / "bench_engine.py", "--device", "cpu", "--rounds", "1"]
+    subprocess.run([*command, "--csv", history], check=True, capture_output=True)
+    with history.open() as file:
+        rows = {(row["engine"], row["step"]): row for row in csv.DictReader(file)}
+    steps = {"computed": "2", "reused": "2", "reused, static mask": "1"}
+    assert {step: rows["cachedit", step]["operators"] for step in steps} == steps
+    assert int(rows["FirstBlockCache", "reused"]["operators"]) > 2
+    assert all(float(row["microseconds"]) > 0 for row in rows.values())
+
+
+def test_startup_benchmark_runs(tmp_path: Path) -> None:
+    history = tmp_path / "startup.csv"
+    command = [sys.executable, ROOT / "benchmarks" / "bench_startup.py", "--device", "cpu", "--processes", "1"]
+    subprocess.run([*command, "--csv", history], check=True, capture_output=True)
+    with history.open() as file:
+        rows = {(row["engine"], row["operators"]): row for row in csv.DictReader(file)}
+    assert {("cachedit", "cpp"), ("cachedit", "reference")} <= set(rows)
+    for row in rows.values():
+        parts = [float(row[f"{part}_ms"]) for part in ("import", "enable", "first", "second")]
+        assert all(ms > 0 for ms in parts) and abs(sum(parts) - float(row["total_ms"])) < 0.3
+
+
 def test_compile_benchmark_runs(tmp_path: Path) -> None:
     history = tmp_path / "compile.csv"
     command = [sys.executable, ROOT / "benchmarks" / "bench_compile.py", "--csv", history]

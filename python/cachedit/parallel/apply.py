@@ -1,4 +1,4 @@
-"""Puts parallelism on transformers and on what else a pipeline has, and takes it off."""
+"""Puts parallelism on transformers and on what else a pipeline has."""
 
 from __future__ import annotations
 
@@ -19,24 +19,14 @@ from .groups import Groups
 from .plans import UNSPLIT, ContextPlan, attention_modules, find_plan
 from .processors import parallelise_attention
 from .split import Pieces, hook_plan
+from .state import ATTRIBUTE, SHARDS, OnModule, disable_parallelism
 from .tensor import check_tensor_parallel, shard_transformer
 from .text_encoder import shard_text_encoder
 from .vae import share_tiles
 
-__all__ = [
-    "Parallelism",
-    "disable_parallelism",
-    "enable_parallelism",
-    "is_parallel",
-    "prepare_parallelism",
-    "process_group",
-    "sequence_group",
-]
+__all__ = ["Parallelism", "enable_parallelism", "prepare_parallelism", "process_group"]
 
 logger = logging.getLogger(__name__)
-
-_ATTRIBUTE = "_cachedit_parallel"
-_SHARDS = "_cachedit_shards"  # into how many shards a module's weights have been cut
 
 
 class Parallelism(NamedTuple):
@@ -60,13 +50,6 @@ class Parallelism(NamedTuple):
         fields["transformer"] = [type(transformer).__name__ for transformer, _ in self.transformers]
         fields["parameters"] = [sum(p.numel() for p in t.parameters()) for t, _ in self.transformers]
         return fields
-
-
-class _Parallel(NamedTuple):
-    """What is on one module."""
-
-    sequence: dist.ProcessGroup | None
-    undo: Callable[[], None]
 
 
 def process_group(config: Any) -> dist.ProcessGroup:
@@ -109,11 +92,11 @@ def prepare_parallelism(
     extra = find_extra(pipe, config.extra_parallel_modules)
     others = [item for item in extra if item.kind != "controlnet"]
     for item in others:
-        if vars(item.module).get(_ATTRIBUTE) is None:
+        if vars(item.module).get(ATTRIBUTE) is None:
             _check_shards(item.module, sizes.total, item.check, group)
     rows: list[tuple[nn.Module, ContextPlan | None]] = []
     for transformer in (*transformers, *(item.module for item in extra if item.kind == "controlnet")):
-        if sizes.tp > 1 or _SHARDS in vars(transformer):
+        if sizes.tp > 1 or SHARDS in vars(transformer):
             _check_shards(transformer, sizes.tp, check_tensor_parallel, transformer, sizes.tp)
         row = find_plan(transformer, config.cp_plan if transformer in transformers else None)
         if sizes.sequence > 1 and row is None:
@@ -139,7 +122,7 @@ def _check_backend(name: str, sizes: Sizes) -> None:
 
 def _check_shards(module: nn.Module, shards: int, check: Callable[..., None], *args: Any) -> None:
     """Weights that have been cut already are as they should be, or an error; others are looked at by ``check``."""
-    have = vars(module).get(_SHARDS)
+    have = vars(module).get(SHARDS)
     if have is None:
         check(*args)
     elif have != shards:
@@ -156,23 +139,23 @@ def enable_parallelism(parallelism: Parallelism) -> None:
         groups = Groups(parallelism.sizes, parallelism.group, _device(transformer))
         undo: list[Callable[[], None]] = []
         try:
-            if groups.tp_mesh is not None and _SHARDS not in vars(transformer):
+            if groups.tp_mesh is not None and SHARDS not in vars(transformer):
                 shard_transformer(transformer, groups.tp_mesh)
-                vars(transformer)[_SHARDS] = parallelism.sizes.tp
+                vars(transformer)[SHARDS] = parallelism.sizes.tp
             if row is not None:
                 _split(transformer, row, groups, parallelism.config, undo)
         except BaseException:
             _unwind(undo)
             raise
-        vars(transformer)[_ATTRIBUTE] = _Parallel(groups.sequence, partial(_unwind, undo))
+        vars(transformer)[ATTRIBUTE] = OnModule(groups.sequence, partial(_unwind, undo))
         logger.info("parallelism enabled on %s: %s", type(transformer).__name__, parallelism.config.strify())
     for name, module, kind in parallelism.others:
         if kind == "vae":
             disable_parallelism(module)
-            vars(module)[_ATTRIBUTE] = _Parallel(None, share_tiles(module, parallelism.group).undo)
-        elif _SHARDS not in vars(module):
+            vars(module)[ATTRIBUTE] = OnModule(None, share_tiles(module, parallelism.group).undo)
+        elif SHARDS not in vars(module):
             shard_text_encoder(module, DeviceMesh.from_group(parallelism.group, _device(module)))
-            vars(module)[_SHARDS] = parallelism.sizes.total
+            vars(module)[SHARDS] = parallelism.sizes.total
         logger.info("parallelism enabled on %s: %s", name, "tiles" if kind == "vae" else "tensor parallel")
 
 
@@ -206,21 +189,3 @@ def _backend_of(modules: Sequence[Any]) -> str | None:
 def _unwind(undo: list[Callable[[], None]]) -> None:
     while undo:
         undo.pop()()
-
-
-def disable_parallelism(module: nn.Module) -> None:
-    """Take it off; nothing happens where it is not on. Weights that were cut for tensor parallelism stay cut."""
-    parallel = vars(module).pop(_ATTRIBUTE, None)
-    if parallel is not None:
-        parallel.undo()
-
-
-def is_parallel(transformer: nn.Module) -> bool:
-    """Whether its work is split among ranks, or its weights are."""
-    return any(name in vars(transformer) for name in (_ATTRIBUTE, _SHARDS))
-
-
-def sequence_group(transformer: nn.Module) -> dist.ProcessGroup | None:
-    """The ranks that hold the pieces of a transformer's sequences, whose sums count together."""
-    parallel = vars(transformer).get(_ATTRIBUTE)
-    return None if parallel is None else parallel.sequence
