@@ -30,6 +30,7 @@ __all__ = [
     "Run",
     "Section",
     "Site",
+    "called_again",
     "check_sizes",
     "current_run",
     "intercept",
@@ -166,6 +167,11 @@ class Site:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.block, name)
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The block's, for loops that ask ``isinstance(block, ...)``."""
+        return type(self.block)
+
     def hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The block's hidden_states in a call."""
         signature = self.link.signature
@@ -181,6 +187,11 @@ def own_piece(block: nn.Module, name: str, stream: Any) -> Any:
     """What a block makes of a stream that it is called with: under sequence parallelism, the first one may split it."""
     split = vars(block).get(SPLIT)
     return stream if split is None or stream is None else split.stream(name, stream)
+
+
+def called_again(section: Section) -> ValueError:
+    """The error where a loop calls a block for the second time in one forward: what is stored is of the first."""
+    return ValueError(f"blocks: {section.name} is run through twice in one forward, and cannot be cached")
 
 
 def onload_group(block: nn.Module) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .blocks import Guard, Link, Section, Site, current_run, onload_group
+from .blocks import Guard, Link, Section, Site, called_again, current_run, onload_group
 from .context import SectionState
 from .metric import Measured
 from .pattern import check_object, check_shapes
@@ -67,6 +67,8 @@ class SectionRun:
 
     def open(self, hidden: torch.Tensor) -> None:
         """The first head block is about to run on ``hidden``."""
+        if self.decided:
+            raise called_again(self.section)
         self.before = self.guard(hidden)
 
     def enter(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
@@ -210,6 +212,10 @@ class _Skip:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.block, name)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self.block)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.passed_on

@@ -15,14 +15,15 @@ from cachedit import (
     CalibratorConfig,
     DBCacheConfig,
     DBPruneConfig,
+    ForwardPattern,
     ParallelismConfig,
     ParamsModifier,
     PatchFunctor,
     PolicyConfig,
     TaylorSeerCalibratorConfig,
 )
-from holds import enable, reused, reusing, traces
-from toys import call_flux, make_toy, run_toy, tiny_flux, tiny_flux_pipeline
+from holds import both_kinds, enable, reused, reusing, traces
+from toys import DualBlock, Shaped, Toy, call_flux, make_toy, run_toy, tiny_flux, tiny_flux_pipeline
 
 
 class Slotted:
@@ -249,3 +250,35 @@ class TestShallowCopies:
         other = copy.copy(pipe)
         cachedit.disable_cache(other)
         assert set(vars(other)) == plain
+
+
+class TestLoops:
+    """What a loop over a described list may do, and what it may not."""
+
+    @both_kinds
+    def test_a_list_that_is_run_through_twice(self, kind):
+        model = Shaped("twice").requires_grad_(False)
+        model.pattern = ForwardPattern.Pattern_3
+        enable(model, reusing(kind))
+        with pytest.raises(ValueError, match="blocks: blocks is run through twice in one forward"):
+            run_toy(model, 1)
+
+    @both_kinds
+    def test_blocks_are_what_they_are(self, kind):
+        """Also on reused steps, where something else stands in for them."""
+        seen = []
+
+        class Asking(Toy):
+            def forward(self, hidden_states, encoder_hidden_states, timestep):
+                streams = hidden_states, encoder_hidden_states
+                for block in self.blocks:
+                    seen.append(isinstance(block, DualBlock))
+                    streams = block(*streams)
+                return sum(stream.mean() for stream in streams)
+
+        model = make_toy()
+        model.__class__ = Asking
+        enable(model, reusing(kind))
+        run_toy(model, 4)
+        assert reused(model) == [[2, 3]]
+        assert seen == [True] * 24
