@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SPLIT",
+    "EagerSite",
     "Guard",
     "Link",
     "Run",
@@ -167,11 +168,6 @@ class Site:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.block, name)
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        """The block's, for loops that ask ``isinstance(block, ...)``."""
-        return type(self.block)
-
     def hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The block's hidden_states in a call."""
         signature = self.link.signature
@@ -181,6 +177,16 @@ class Site:
         """The block's encoder_hidden_states in a call, or None where it takes none."""
         signature = self.link.signature
         return own_piece(self.block, signature.encoder_name, signature.encoder(args, kwargs))
+
+
+class EagerSite(Site):
+    """A site that is taken for its block by loops that ask ``isinstance(block, ...)``; dynamo does not trace these."""
+
+    __slots__ = ()
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self.block)
 
 
 def own_piece(block: nn.Module, name: str, stream: Any) -> Any:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .blocks import Guard, Link, Section, Site, called_again, current_run, onload_group
+from .blocks import EagerSite, Guard, Link, Section, called_again, current_run, onload_group
 from .context import SectionState
 from .metric import Measured
 from .pattern import check_object, check_shapes
@@ -165,7 +165,7 @@ class SectionRun:
         yield tail
 
 
-class _Open(Site):
+class _Open(EagerSite):
     __slots__ = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -173,7 +173,7 @@ class _Open(Site):
         return self.block(*args, **kwargs)
 
 
-class _HeadEnd(Site):
+class _HeadEnd(EagerSite):
     """Last head block, where it returns two values: the second may be known from nowhere else."""
 
     __slots__ = ()
@@ -191,7 +191,7 @@ class _HeadEnd(Site):
         return output
 
 
-class _Body(Site):
+class _Body(EagerSite):
     __slots__ = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -221,7 +221,7 @@ class _Skip:
         return self.passed_on
 
 
-class _Edge(Site):
+class _Edge(EagerSite):
     """First and last block of the body (the same site where it has one block)."""
 
     __slots__ = ("enters", "leaves", "tail")

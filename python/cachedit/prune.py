@@ -12,7 +12,7 @@ from torch import nn
 
 import cachedit_kernels as kernels
 
-from .blocks import Guard, Link, Section, Site, called_again, onload_group
+from .blocks import EagerSite, Guard, Link, Section, Site, called_again, onload_group
 from .calibrator import CalibratorConfig
 from .config import DBPruneConfig
 from .context import State
@@ -270,7 +270,7 @@ class PruneRun:
         return output
 
 
-class _Prunable(Site):
+class _Prunable(EagerSite):
     __slots__ = ("number",)
 
     def __init__(self, block: nn.Module, run: PruneRun, link: Link, number: int):
@@ -281,7 +281,7 @@ class _Prunable(Site):
         return self.run.call(self, self.number, args, kwargs)
 
 
-class _Tracked(Site):
+class _Tracked(EagerSite):
     """A block that is always computed, where it returns two values: the second may be known from nowhere else."""
 
     __slots__ = ()
