@@ -25,7 +25,9 @@ not, only the transformer is known to work. What is not here is learnt from its 
 
 ## What a row says
 
-    "AuraFlowTransformer2DModel": _separate(B("joint_transformer_blocks", P1), B("single_transformer_blocks", P3)),
+```python
+"AuraFlowTransformer2DModel": _separate(B("joint_transformer_blocks", P1), B("single_transformer_blocks", P3)),
+```
 
 The transformer's block lists in calling order, each with its forward pattern, and whether they share a decision. Lists
 that carry the same streams do (*linked*, `+` below: a reused step skips the later lists whole). Where streams are

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Callable
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ class TransformerPlan(NamedTuple):
     """A transformer and its sections: lists in one section share a decision.
 
     ``modifiers`` has one entry per block list, through all sections in order. Where ``search`` is set there are no
-    sections yet: they are learnt from the first forward.
+    sections yet: they are learnt from the first forward. ``denoises`` is as in :class:`BlockAdapter`.
     """
 
     transformer: nn.Module
@@ -47,6 +48,7 @@ class TransformerPlan(NamedTuple):
     modifiers: list[ParamsModifier | None]
     patch_functor: PatchFunctor | None = None
     search: Search | None = None
+    denoises: Callable[..., bool] | None = None
 
 
 @dataclasses.dataclass
@@ -84,6 +86,8 @@ class BlockAdapter:
         skip_post_init: Without effect: nothing is done when an adapter is made.
         linked: Whether all block lists of a transformer carry the same streams and share one decision, so that a
             reused step skips the later lists whole. Default: as the model table says, else False.
+        denoises: Called with the arguments of each call of a transformer: whether it is a denoising step. Other calls,
+            as of a language model that reads the prompt, run as if there were no cache. Default: all are.
 
     Raises:
         TypeError, ValueError: When it is given to ``enable_cache``; the message names the field.
@@ -109,6 +113,14 @@ class BlockAdapter:
     blocks_policy: str = "max"
     skip_post_init: bool = False
     linked: bool | None = None
+    denoises: Callable[..., bool] | None = None
+
+    @staticmethod
+    def is_cached(pipe_or_adapter: Any) -> bool:
+        """Whether the cache is enabled on a pipeline, a transformer, or on what an adapter describes."""
+        from .targets import controllers_of  # which imports this module
+
+        return bool(controllers_of(pipe_or_adapter))
 
     def plans(self) -> list[TransformerPlan]:
         """Check all fields and return one plan per transformer."""
@@ -117,6 +129,8 @@ class BlockAdapter:
             transformer = getattr(self.pipe, "transformer", None)
         if transformer is None:
             raise ValueError("transformer: give BlockAdapter a transformer, or a pipe that has one")
+        if not (self.denoises is None or callable(self.denoises)):
+            raise TypeError(f"denoises must be a function of a call's arguments, got {_describe(self.denoises)}")
         transformers = list(transformer) if isinstance(transformer, (list, tuple)) else [transformer]
         if not transformers:
             raise ValueError("transformer must not be an empty list")
@@ -130,7 +144,10 @@ class BlockAdapter:
         if len({id(plan.transformer) for plan in plans}) != len(plans):
             raise ValueError("transformer: a transformer is given twice")
         modifiers = modifiers_per_transformer(self.params_modifiers, [len(plan.modifiers) for plan in plans])
-        return [plan._replace(modifiers=chosen) for plan, chosen in zip(plans, modifiers, strict=True)]
+        return [
+            plan._replace(modifiers=chosen, denoises=self.denoises)
+            for plan, chosen in zip(plans, modifiers, strict=True)
+        ]
 
     def _check_settings(self) -> None:
         """Check the fields that do not belong to single transformers or lists."""
@@ -165,7 +182,7 @@ class BlockAdapter:
                 f"forward_pattern{where}: expected one pattern, or one per block list ({len(lists)}), got {len(chosen)}"
             )
         named = [
-            NamedBlocks(name, blocks, _as_pattern(where, pattern))
+            _named(transformer, name, blocks, _as_pattern(where, pattern))
             for (name, blocks), pattern in zip(lists, chosen, strict=True)
         ]
         if self.check_num_outputs:
@@ -231,7 +248,7 @@ def plan_for(transformer: nn.Module, pipe: Any = None) -> TransformerPlan:
             "with BlockAdapter(transformer=..., blocks=..., forward_pattern=...)"
         )
     sections = [
-        [NamedBlocks(item.name, _get_list("", transformer, item.name), item.pattern, item.streams) for item in group]
+        [_named(transformer, item.name, _get_list("", transformer, item.name), item.pattern) for item in group]
         for group in entry.sections
     ]
     separate = calls_branches_in_turn(pipe, transformer)
@@ -265,6 +282,15 @@ def unwrapped(module: Any) -> Any:
 def _unknown(transformer: nn.Module, search: Search, separate: bool) -> TransformerPlan:
     search.candidates(transformer)  # raises where there is none
     return TransformerPlan(transformer, [], False, separate, [None], None, search)
+
+
+def _named(transformer: nn.Module, name: str, blocks: nn.ModuleList, pattern: ForwardPattern) -> NamedBlocks:
+    """A list whose streams have the model table's names, if its blocks do: engines have versions of their own."""
+    entry = find_entry(transformer)
+    for item in (item for group in (entry.sections if entry else ()) for item in group):
+        if item.name == name and set(item.streams[: len(pattern.In)]) <= _parameter_names(blocks[0]):
+            return NamedBlocks(name, blocks, pattern, item.streams)
+    return NamedBlocks(name, blocks, pattern)
 
 
 def _sections_by_table(transformer: nn.Module, named: list[NamedBlocks]) -> list[list[NamedBlocks]]:

@@ -92,14 +92,14 @@ def enable_cache(
         prepared, parallel = agree_on(pipe_or_adapter, parallelism_config, prepare)
     pipe = prepared.pipe
     watch = None if pipe is None else PipelineWatch(pipe, prepared.transformers)  # raises for what is no pipeline
-    if prepared.quantization is not None:
-        prepared.quantization.apply()
     if parallel is not None and parallel.config.attention_backend is not None:
         attention_backend = parallel.config.attention_backend
     if attention_backend is not None:
         for transformer in prepared.transformers if parallel is not None else ():
             disable_parallelism(transformer)  # it holds the backend's place
         set_attention_backend(prepared.transformers, attention_backend)
+    if prepared.quantization is not None:
+        prepared.quantization.apply()
     if parallel is not None:
         from .parallel.apply import enable_parallelism
 
@@ -165,7 +165,7 @@ def refresh_context(
     Args:
         transformer: The transformer (or pipeline, or adapter) that the cache is enabled on.
         cache_config: A whole new configuration; or one made by ``DBCacheConfig().reset(...)``, whose None fields
-            keep what is set.
+            keep what is set. A mask that is set, and has not as many entries as there are steps now, is left out.
         calibrator_config: A new calibrator configuration.
         verbose: Log the new configuration at INFO.
         **changes: Single fields of the cache configuration, such as ``num_inference_steps=28``.
@@ -179,11 +179,14 @@ def refresh_context(
         for controller in controllers:
             controller.begin_request()
         return
+    masked = "steps_computation_mask" in changes or getattr(cache_config, "steps_computation_mask", None) is not None
     updated = []
     for controller in controllers:
         settings = [modified(each, cache_config, calibrator_config) for each in controller.settings]
         for each in settings:
             each.config.update(**changes)
+            if not masked:
+                _leave_out_old_mask(each.config)
             each.check()
             if each.config.cache_type is CacheType.NONE:
                 raise ValueError("cache_type must not be NONE in a refresh: disable_cache takes the cache off")
@@ -193,6 +196,13 @@ def refresh_context(
         if verbose:
             tags = "; ".join(each.config.strify() for each in settings)
             logger.info("refreshed %s: %s", type(controller.transformer).__name__, tags)
+
+
+def _leave_out_old_mask(config: BasicCacheConfig) -> None:
+    mask, steps = config.steps_computation_mask, config.num_inference_steps
+    if mask is not None and not isinstance(mask, str) and steps is not None and len(mask) != steps:
+        logger.warning("the steps_computation_mask of %d steps is left out: there are %d now", len(mask), steps)
+        config.steps_computation_mask = None
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch._dynamo.decorators import skip
 
 from .config import DBPruneConfig
 from .context import SectionState, StreamSpec
@@ -117,7 +118,7 @@ class _Done(_Progress):
 def _begin(forward: CachedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Progress | None:
     """Begin a forward; run it to its end where it has to run eagerly. None: the cache is bypassed."""
     controller = forward.controller
-    if controller.is_bypassed():
+    if controller.is_bypassed(args, kwargs):
         return None
     if _runs_eagerly(forward.passes, args, kwargs):
         return _Done(_run_eagerly(forward, args, kwargs))
@@ -139,7 +140,10 @@ def _abandon(progress: _Progress) -> None:
     progress.passes.controller.abandon_step(progress.step)
 
 
-def _run_in_passes(forward: CachedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+# torch.compiler.disable(recursive=False) says the same, but dynamo then asks again at each call, for 0.15 ms.
+@skip
+def run_in_passes(forward: CachedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a cached forward that was called under ``torch.compile``."""
     progress = _begin(forward, args, kwargs)
     if progress is None:
         return forward.original(*args, **kwargs)
@@ -150,10 +154,6 @@ def _run_in_passes(forward: CachedForward, args: tuple[Any, ...], kwargs: dict[s
             _abandon(progress)
             raise
     return progress.output
-
-
-run_in_passes = torch.compiler.disable(_run_in_passes, recursive=False)
-"""Run a cached forward that was called under ``torch.compile``: ``run_in_passes(forward, args, kwargs)``."""
 
 
 def _runs_eagerly(passes: Passes, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

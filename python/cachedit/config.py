@@ -52,6 +52,8 @@ class _Config:
     def update(self: Config, **kwargs: Any) -> Config:
         """Set the given fields in place, except those given as None, and return ``self``.
 
+        ``num_inference_steps=0`` sets nothing either: engines say so of a transformer that a request leaves out.
+
         Raises:
             TypeError: For a name that is not a field.
         """
@@ -62,7 +64,7 @@ class _Config:
             hint = f"did you mean {near[0]}?" if near else f"fields are {', '.join(sorted(names))}"
             raise TypeError(f"{type(self).__name__} has no field {unknown[0]!r}; {hint}")
         for name, value in kwargs.items():
-            if value is not None:
+            if value is not None and (name, value) != ("num_inference_steps", 0):
                 setattr(self, name, value)
         return self
 

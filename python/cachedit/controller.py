@@ -63,6 +63,7 @@ class Controller:
         self.patch_functor = plan.patch_functor
         self.patched = False
         self.has_separate_cfg = plan.has_separate_cfg
+        self.denoises = plan.denoises
         self.sections: list[Section] = []
         self.lists: list[tuple[nn.ModuleList, Link]] = []
         self.group: Any = sequence_group(self.transformer)
@@ -223,7 +224,7 @@ class Controller:
 
     def forward(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the transformer's own forward with its block lists handing out sites."""
-        if self.is_bypassed():
+        if self.is_bypassed(args, kwargs):
             return original(*args, **kwargs)
         step = self.begin_step()
         try:
@@ -238,9 +239,10 @@ class Controller:
         self.end_step(step)
         return output
 
-    def is_bypassed(self) -> bool:
-        """Whether the transformer runs as if there were no cache."""
-        return not self.attached or self._wants_gradients()
+    def is_bypassed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the transformer runs this call as if there were no cache."""
+        denoises = self.denoises is None or self.denoises(*args, **kwargs)
+        return not (self.attached and denoises) or self._wants_gradients()
 
     def begin_step(self) -> Step:
         """A forward begins: find its request and branch. :meth:`end_step` or :meth:`abandon_step` has to follow."""

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from .passes import Passes
@@ -46,7 +45,9 @@ class CachedForward:
 @functools.cache
 def _leave_calls_untraced() -> None:
     """Have dynamo look into what ``CachedForward.__call__`` calls, not into itself."""
-    setattr(CachedForward, "__call__", torch.compiler.disable(CachedForward.__call__, recursive=False))  # noqa: B010
+    from torch._dynamo.decorators import skip
+
+    skip(CachedForward.__call__)
 
 
 def forward_slots(module: nn.Module) -> Iterator[tuple[Any, str]]:

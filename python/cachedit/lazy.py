@@ -66,7 +66,7 @@ class LazyController(Controller):
 
     def forward(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Learn at the first forward; the others are cached."""
-        if self.sections or not self.attached or self._wants_gradients():
+        if self.sections or self.is_bypassed(args, kwargs):
             return super().forward(original, args, kwargs)
         candidates = self.search.candidates(self.transformer)
         try:

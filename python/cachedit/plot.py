@@ -61,7 +61,7 @@ def draw_runs(runs: Sequence[Run], every_step: dict[int, float] | None = None) -
         from matplotlib import pyplot as plt
     except ImportError as error:
         raise ImportError("pictures need matplotlib: pip install matplotlib") from error
-    figure, axes = plt.subplots(len(runs), 1, figsize=(9, 2.4 * len(runs)), squeeze=False)
+    figure, axes = plt.subplots(len(runs), 1, figsize=(9, 2.4 * len(runs)), sharey=True, squeeze=False)
     for run, axis in zip(runs, axes[:, 0], strict=True):
         _draw_run(axis, run, every_step or {})
     axes[-1, 0].set_xlabel("denoising step", loc="left")

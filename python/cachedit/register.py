@@ -15,6 +15,8 @@ from .models.matrix import TITLES
 
 __all__ = ["BlockAdapterRegister", "get_adapter", "supported_matrix", "supported_pipelines"]
 
+SGLANG_DESCRIBES = ("ErnieImageTransformer2DModel", "Krea2Transformer2DModel")
+
 Factory = TypeVar("Factory", bound=Callable[..., BlockAdapter])
 
 
@@ -109,7 +111,14 @@ class BlockAdapterRegister:
 
     @classmethod
     def is_supported(cls, pipe_or_module: Any) -> bool:
-        """Whether ``enable_cache`` serves a pipeline or transformer without an adapter being given."""
+        """Whether ``enable_cache`` serves a pipeline or transformer without an adapter being given.
+
+        False for SGLang's own versions of :data:`SGLANG_DESCRIBES`: then it gives adapters, with what a request says
+        of guidance.
+        """
+        kind = type(pipe_or_module)
+        if kind.__module__.partition(".")[0] == "sglang" and kind.__name__ in SGLANG_DESCRIBES:
+            return False
         return cls.get_adapter(pipe_or_module) is not None
 
     @classmethod

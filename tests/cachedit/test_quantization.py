@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
 from torch import nn
 
 import cachedit
@@ -153,6 +152,13 @@ def test_precision_plan():
     assert found["x_embedder"] == "Parameter"
 
 
+def test_a_precision_plan_for_whole_models_is_not_looked_at_and_said_so(caplog):
+    model = nn.Sequential(nn.Linear(32, 32))
+    with caplog.at_level(logging.WARNING, "cachedit"):
+        quantize(model, quant_type="int8", regional_quantize=False, precision_plan={"0": "int4"})
+    assert kinds(model) == {"0": "Int8Tensor"} and "precision_plan is for regional_quantize=True" in caplog.text
+
+
 def test_components_of_a_pipeline():
     pipe = tiny_flux_pipeline()
     pipe.text_encoder = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
@@ -175,6 +181,34 @@ def test_layers_that_are_quantized_stay(caplog):
             quantize(model, quant_type="int4")
         assert torch.equal(model(**flux_inputs(0, 4)).sample, before)
     assert "60 linear layers are quantized or cut already, and stay as they are" in caplog.text
+
+
+def test_adapters_of_peft_stay_and_can_still_be_switched():
+    peft = pytest.importorskip("peft")
+    pipe, plain, without = (tiny_flux_pipeline() for _ in range(3))
+    for each in (pipe, plain):
+        torch.manual_seed(1)
+        adapter = peft.LoraConfig(r=4, target_modules=["to_q", "proj_mlp"], init_lora_weights=False)
+        each.transformer.add_adapter(adapter)
+    with torch.no_grad():
+        expected = call_flux(plain, 4)
+    cachedit.enable_cache(pipe, mask([1, 1, 0, 0]), quantize_config=QuantizeConfig(quant_type="int8_weight_only"))
+    names = quantized(pipe.transformer)
+    assert "transformer_blocks.0.attn.to_q.base_layer" in names and not any("lora_" in name for name in names)
+    cachedit.disable_cache(pipe)
+    assert 0 < distance(call_flux(pipe, 4), expected) < BOUNDS["int8_weight_only"]
+    assert distance(expected, call_flux(without, 4)) > 10 * BOUNDS["int8_weight_only"]
+    pipe.transformer.disable_adapters()
+    quantize(without, quant_type="int8_weight_only")
+    assert torch.equal(call_flux(pipe, 4), call_flux(without, 4))
+    pipe.transformer.delete_adapters("default")
+    assert torch.equal(call_flux(pipe, 4), call_flux(without, 4))
+
+
+def test_adapters_by_other_names_stay():
+    model = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("to_q", "lora_down", "lora_up", "explora")})
+    quantize(model, quant_type="int8", filter_fn=lambda layer, name: True)
+    assert quantized(model) == ["to_q", "explora"]
 
 
 def test_sizes_that_do_not_fit_stay():
@@ -201,13 +235,17 @@ def test_without_a_cache_config_no_cache_is_enabled():
         ({"quant_type": "fp9"}, ValueError, "quant_type must be one of float8_per_row, .*, got 'fp9'"),
         ({"quant_type": 8}, TypeError, "quant_type must be a string, got 8"),
         ({"quant_type": "svdq_int4_r32"}, NotImplementedError, "quant_type 'svdq_int4_r32' is not available"),
-        ({"quant_type": "nvfp4"}, NotImplementedError, "'nvfp4' is not available in this version"),
+        ({"quant_type": "nvfp4"}, NotImplementedError, "'nvfp4' is not available .* int4 and int4_weight_only; SVDQ"),
         ({"backend": "bnb"}, ValueError, "backend must be one of auto, torchao, ao, got 'bnb'"),
         ({"backend": "cache-dit"}, NotImplementedError, "backend 'cache-dit' is not available"),
         ({"serialize_to": "x"}, NotImplementedError, "serialize_to is for SVDQuant"),
         ({"verbose": 1}, TypeError, "verbose must be True or False, got 1"),
         ({"filter_fn": "ff"}, TypeError, "filter_fn must be a function"),
         ({"precision_plan": {"ff": "fp9"}}, ValueError, r"precision_plan\['ff'\] must be one of"),
+        ({"precision_plan": {1: "int8"}}, TypeError, "precision_plan must map parts of layer names to types"),
+        ({"components_to_quantize": []}, ValueError, "components_to_quantize names no component"),
+        ({"components_to_quantize": {1: {}}}, TypeError, "components_to_quantize must be a list of names"),
+        ({"components_to_quantize": {"vae": None}}, TypeError, "vae must be a dictionary of fields, got None"),
         ({"components_to_quantize": {"transformer": {"type": 1}}}, ValueError, "transformer: type is none of"),
         ({"quant_type": "int8", "repeated_blocks": ["Block"]}, ValueError, "Flux.* has no modules of the classes"),
         ({"quant_type": "int8", "exclude_layers": [""]}, ValueError, "no linear .* 60 left out by exclude_layers"),
@@ -285,56 +323,6 @@ def test_on_a_gpu(quant_type):
     expected = layer(x)
     quantize(layer, quant_type=quant_type)
     assert 0 < distance(layer(x).float(), expected.float()) < (0.15 if "int4" in quant_type else 0.06)
-
-
-class JoinedSingleBlock(nn.Module):
-    """Takes and returns both streams as one, as Nunchaku's single blocks do."""
-
-    def __init__(self, block):
-        super().__init__()
-        self.block = block
-
-    def forward(self, hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None):
-        text, image = self.block(hidden_states[:, 5:], hidden_states[:, :5], temb, image_rotary_emb)
-        return torch.cat([text, image], dim=1)
-
-
-class NunchakuFluxTransformer2DModelV2(FluxTransformer2DModel):
-    """A stand-in: Nunchaku's class and base class, its blocks' signatures, its loops."""
-
-    def patch(self):
-        for i, block in enumerate(self.single_transformer_blocks):
-            self.single_transformer_blocks[i] = JoinedSingleBlock(block)
-        return self
-
-    def forward(self, hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids,
-                guidance=None, joint_attention_kwargs=None, return_dict=True):  # fmt: skip
-        hidden_states = self.x_embedder(hidden_states)
-        temb = self.time_text_embed(timestep * 1000, pooled_projections)
-        encoder_hidden_states = self.context_embedder(encoder_hidden_states)
-        rotary = self.pos_embed(torch.cat((txt_ids, img_ids)))
-        for block in self.transformer_blocks:
-            encoder_hidden_states, hidden_states = block(
-                hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states, temb=temb,
-                image_rotary_emb=rotary, joint_attention_kwargs=joint_attention_kwargs)  # fmt: skip
-        tokens = encoder_hidden_states.shape[1]
-        hidden_states = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        for block in self.single_transformer_blocks:
-            hidden_states = block(hidden_states=hidden_states, temb=temb, image_rotary_emb=rotary,
-                                  joint_attention_kwargs=joint_attention_kwargs)  # fmt: skip
-        return (self.proj_out(self.norm_out(hidden_states[:, tokens:], temb)),)
-
-
-def test_a_transformer_of_nunchaku_under_the_cache():
-    pipe, plain = tiny_flux_pipeline(), tiny_flux_pipeline()
-    pipe.transformer.__class__ = NunchakuFluxTransformer2DModelV2
-    pipe.transformer.patch()
-    torch.testing.assert_close(call_flux(pipe, 4), call_flux(plain, 4), rtol=1e-4, atol=1e-5)
-    cachedit.enable_cache(pipe, mask([1, 0, 0, 1]))
-    assert 1e-4 < distance(call_flux(pipe, 4), call_flux(plain, 4)) < 0.5
-    assert reused(pipe) == [[1, 2], [1, 2]]  # a section for each list
-    cachedit.disable_cache(pipe)
-    torch.testing.assert_close(call_flux(pipe, 4), call_flux(plain, 4), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("offload", ["groups", "model"])

@@ -14,6 +14,7 @@ from cachedit import (
     TaylorSeerCalibratorConfig,
     load_configs,
 )
+from stand_ins import apply, flux, ranks
 
 FOLDER = Path(__file__).parents[2] / "examples" / "configs"
 
@@ -79,6 +80,13 @@ def test_what_each_file_means(name):
 
 def test_there_is_a_file_for_each_meaning():
     assert {path.name for path in FOLDER.iterdir()} == {f"{name}.yaml" for name in MEANING}
+
+
+@pytest.mark.parametrize("name", ["cache.yaml", *sorted(f"configs/{path.name}" for path in FOLDER.iterdir())])
+def test_each_file_is_applied(name):
+    """Without the sections that need a GPU or a package; see stand_ins.REFUSED."""
+    with ranks(8):
+        apply(flux(), load_configs(FOLDER.parent / name))
 
 
 AUTO = [("parallel", 4, (4, 1, 1)), ("parallel_2d", 8, (4, 1, 2)), ("parallel_usp", 8, (4, 2, 1))]

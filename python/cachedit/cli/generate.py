@@ -200,6 +200,9 @@ def _work(options: Options, settings: Settings, rank: int, local_rank: int) -> N
     name = options.output_file_name or name_of((options.prompts or [PROMPT])[0])
     if options.output_path is not None:
         check_name(name, videos="num_frames" in inspect.signature(type(pipe).__call__).parameters)
+    if options.compare:  # what cannot be enabled is found before minutes of drawing without it
+        cachedit.enable_cache(pipe, settings.cache, settings.calibrator)
+        cachedit.disable_cache(pipe)
     if settings.base:
         cachedit.enable_cache(pipe, **settings.base)
     if options.enable_torch_compile:

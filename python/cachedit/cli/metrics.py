@@ -149,7 +149,7 @@ def _result(job: Job, chosen: Sequence[str], fid_batch_size: int, advance: repor
         if name in PROMPT_METRICS:
             if job.prompts is None:
                 raise ValueError(f"{name} needs prompts: -p or -rp")
-            scores = score(PROMPT_METRICS[name](), job.test, job.prompts, advance)
+            scores = score(PROMPT_METRICS[name], job.test, job.prompts, advance)
             result.values[name], result.count = mean([value for _, value in scores]), len(scores)
     return result
 

@@ -103,4 +103,5 @@ def _write(frames: Sequence[Picture], path: Path, fps: int, video: bool) -> None
     else:
         from diffusers.utils.export_utils import export_to_video
 
-        export_to_video(images, str(path), fps=fps)
+        # The codec wants even sizes; imageio's own choice are multiples of 16, to which it would scale the frames.
+        export_to_video(images, str(path), fps=fps, macro_block_size=2)

@@ -17,9 +17,6 @@ __all__ = [
     "FakeDiffusionPipeline",
 ]
 
-# Subclasses of CachedAdapter whose changes are not needed here, and why.
-NOT_NEEDED = {"BagelCachedAdapter": "blocks may return a key-value cache in the encoder's place"}
-
 
 class FakeDiffusionPipeline:
     """Stands for the pipeline of a transformer without one. Nothing is an instance of it here."""
@@ -33,18 +30,15 @@ class CachedAdapter:
         """Call :func:`cachedit.enable_cache` with the same arguments.
 
         Raises:
-            NotImplementedError: From a subclass that changes how blocks are run.
+            NotImplementedError: From a subclass that changes how blocks are run, and is not known (``special.py``).
         """
-        from ..api import enable_cache  # which imports this module
+        from ..api import enable_cache  # these import this module
+        from .special import serve
 
         between = cls.__mro__[: cls.__mro__.index(CachedAdapter)]
-        changed = sorted({name for part in between for name in vars(part) if not name.startswith("__")})
-        if changed and cls.__name__ not in NOT_NEEDED:
-            raise NotImplementedError(
-                f"{cls.__name__} changes {', '.join(changed)} of cache_dit's CachedAdapter, which has no "
-                f"counterpart in cachedit; it runs unchanged only {', '.join(NOT_NEEDED)}"
-            )
-        return enable_cache(pipe_or_adapter, **settings)
+        changes = any(not name.startswith("__") for part in between for name in vars(part))
+        enable_cache(serve(cls, pipe_or_adapter) if changes else pipe_or_adapter, **settings)
+        return pipe_or_adapter
 
 
 class _CachedBlocks:

@@ -1,7 +1,7 @@
 """vLLM-Omni's cache backends: its calls and configuration, on this package (docs/vllm-omni.md).
 
-Which transformers of a pipeline are cached, and how their blocks look, is in :data:`ENABLERS`, by the names of
-vLLM-Omni's pipeline classes. Facts are from vllm-project/vllm-omni at 0499470 and 15d422a.
+Which transformers of a pipeline are cached, and how their blocks look, is in :mod:`cachedit.integrations.denoisers`, by
+the names of vLLM-Omni's pipeline classes.
 """
 
 from __future__ import annotations
@@ -10,20 +10,17 @@ import copy
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..adapter import BlockAdapter
 from ..api import disable_cache, enable_cache, refresh_context
 from ..calibrator import CalibratorConfig, TaylorSeerCalibratorConfig
 from ..config import BasicCacheConfig, DBCacheConfig
 from ..mask import steps_mask
 from ..modifier import ParamsModifier
-from ..pattern import ForwardPattern
 from ..teacache import TeaCacheConfig
-from .internals import NOT_NEEDED
+from .denoisers import DENOISERS, Denoiser
 
 __all__ = [
     "ENABLERS",
@@ -125,62 +122,6 @@ class _TeaCacheSettings(DiffusionCacheConfig):
         return DBCacheConfig().reset(num_inference_steps=steps)
 
 
-class Denoiser(NamedTuple):
-    """A transformer of a pipeline, and how its blocks are cached.
-
-    Args:
-        path: Where the pipeline has it.
-        blocks: Names of its block lists in calling order, with their patterns. Empty: as the transformer declares in
-            ``_cache_dit_adapter_config``, or else as its class is known.
-        in_turn: Whether guidance calls it once per branch, in turn; or a function of the pipeline that says so.
-        check: :class:`BlockAdapter`'s ``check_forward_pattern``.
-        modifiers: Fields of the cache configuration that differ: for all block lists, or one mapping for each.
-        paired: Whether the pipeline has to be told to call both branches at every step.
-        reads: Whether it reads prompts as well, so that its calls are more than the request's steps.
-    """
-
-    path: str = "transformer"
-    blocks: Mapping[str, ForwardPattern] = {}
-    in_turn: bool | Callable[[Any], bool] = False
-    check: bool | None = None
-    modifiers: Sequence[Mapping[str, Any]] = ()
-    paired: bool = False
-    reads: bool = False
-
-    def find(self, pipeline: Any) -> nn.Module | None:
-        """The transformer, or None where this pipeline has none there."""
-        try:
-            found = attrgetter(self.path)(pipeline)
-        except AttributeError:
-            return None
-        return found if isinstance(found, nn.Module) else None
-
-    def target(self, pipeline: Any, transformer: nn.Module) -> Any:
-        """What to give to ``enable_cache``."""
-        blocks, in_turn, check = self.blocks, self.in_turn, self.check
-        if not blocks:
-            declared = getattr(transformer, "_cache_dit_adapter_config", None)
-            if declared is None:
-                return transformer
-            _refuse_own_blocks(getattr(declared, "cached_adapter_cls", None))
-            blocks, in_turn = declared.block_forward_patterns, declared.has_separate_cfg
-            check = declared.check_forward_pattern
-        return BlockAdapter(
-            transformer=transformer,
-            blocks_name=list(blocks),
-            forward_pattern=[ForwardPattern[pattern.name] for pattern in blocks.values()],  # maybe cache_dit's own
-            has_separate_cfg=in_turn(pipeline) if callable(in_turn) else in_turn,
-            check_forward_pattern=check,
-        )
-
-
-def _refuse_own_blocks(adapter_class: type | None) -> None:
-    if adapter_class is not None and adapter_class.__name__ not in NOT_NEEDED:
-        raise NotImplementedError(
-            f"{adapter_class.__name__} changes how cache_dit runs blocks, which has no counterpart in cachedit"
-        )
-
-
 class Enabled(NamedTuple):
     """What an enabler has done: how to go on to a request of so many steps, and what to disable."""
 
@@ -247,57 +188,7 @@ def _disable(transformers: Sequence[nn.Module]) -> None:
         disable_cache(transformer)
 
 
-P0, P1, P2, P3, P4, _ = ForwardPattern
-_WAN = Denoiser(blocks={"blocks": P2}, in_turn=True)
-_WAN_LOW_NOISE = _WAN._replace(path="transformer_2", modifiers=[{"max_warmup_steps": 2, "max_cached_steps": 20}])
-_FLUX2 = Denoiser(blocks={"transformer_blocks": P1, "single_transformer_blocks": P2})
-_LONGCAT = Denoiser(blocks={"transformer_blocks": P1, "single_transformer_blocks": P1}, in_turn=True)
-_LTX2 = Denoiser(blocks={"transformer_blocks": P0}, in_turn=True, check=False)  # audio in the encoder's place
-_HUNYUAN_VIDEO = Denoiser(blocks={"transformer_blocks": P0}, in_turn=True)
-
-_DENOISERS: dict[str, tuple[Denoiser, ...]] = {
-    "BagelPipeline": (Denoiser("language_model.model", {"layers": P0}, reads=True),),
-    "BooguImagePipeline": (
-        Denoiser(
-            blocks={"double_stream_layers": P0, "single_stream_layers": P3},
-            in_turn=attrgetter("_cache_dit_separate_cfg"),
-            check=False,
-            modifiers=[{"Fn_compute_blocks": 2}, {"Fn_compute_blocks": 4}],
-        ),
-    ),
-    "Cosmos3OmniDiffusersPipeline": (Denoiser(paired=True),),
-    "Cosmos3OmniPipeline": (Denoiser(paired=True),),
-    "ErnieImagePipeline": (Denoiser(blocks={"layers": P3}, check=False),),
-    "Flux2KleinPipeline": (_FLUX2._replace(modifiers=[{"Fn_compute_blocks": 2}]),),
-    "Flux2Pipeline": (_FLUX2,),
-    "FluxPipeline": (Denoiser(blocks={"transformer_blocks": P1, "single_transformer_blocks": P1}),),
-    "GlmImagePipeline": (Denoiser(blocks={"transformer_blocks": P0}, in_turn=True),),
-    "HeliosPipeline": (_WAN,),
-    "HunyuanImage3Pipeline": (Denoiser("model", {"layers": P4}, check=False, reads=True),),
-    "HunyuanVideo15I2VPipeline": (_HUNYUAN_VIDEO,),
-    "HunyuanVideo15Pipeline": (_HUNYUAN_VIDEO,),
-    "Krea2Pipeline": (
-        Denoiser(blocks={"transformer_blocks": P3}, in_turn=lambda pipeline: not pipeline.is_distilled, check=False),
-    ),
-    "LTX23ImageToVideoPipeline": (_LTX2,),
-    "LTX23Pipeline": (_LTX2,),
-    "LTX2ImageToVideoPipeline": (_LTX2,),
-    "LTX2ImageToVideoTwoStagesPipeline": (_LTX2,),
-    "LTX2Pipeline": (_LTX2,),
-    "LTX2TwoStagesPipeline": (_LTX2,),
-    "LongCatImageEditPipeline": (_LONGCAT,),
-    "LongCatImagePipeline": (_LONGCAT,),
-    "Magi2Pipeline": (Denoiser("transformer.block", {"layers": P3}),),
-    "MammothModa2DiTPipeline": (Denoiser("gen_transformer", {"layers": P3}, in_turn=True, paired=True),),
-    "StableAudioPipeline": (Denoiser(blocks={"transformer_blocks": P3}),),
-    "StableDiffusion3Pipeline": (Denoiser(blocks={"transformer_blocks": P1}),),
-    "Wan22I2VPipeline": (_WAN, _WAN_LOW_NOISE),
-    "Wan22Pipeline": (_WAN, _WAN_LOW_NOISE),
-    "Wan22TI2VPipeline": (_WAN, _WAN_LOW_NOISE),
-    "Wan22VACEPipeline": (_WAN, _WAN_LOW_NOISE),
-    "WanPipeline": (_WAN, _WAN_LOW_NOISE),
-}
-ENABLERS: dict[str, Enabler] = {name: enabler(*denoisers) for name, denoisers in _DENOISERS.items()}
+ENABLERS: dict[str, Enabler] = {name: enabler(*denoisers) for name, denoisers in DENOISERS.items()}
 
 
 def register_enabler(pipeline_class_name: str) -> Callable[[Enabler], Enabler]:

@@ -44,7 +44,8 @@ def compute_psnr(image_true: Media, image_test: Media) -> tuple[float, int]:
         image_test: What to compare with it, in the same form; in folders, files of one name go together.
 
     Raises:
-        ValueError: If folders share no file, or two pictures have different sizes.
+        ValueError: If folders share no file, two pictures have different sizes, or SSIM gets less than 6 pixels a side.
+        TypeError: For what is neither a path nor an array.
         ImportError: Without torchmetrics, for pictures without Pillow, for videos without a reader.
     """
     return _mean("psnr", image_true, image_test)

@@ -96,9 +96,14 @@ def load_pairwise(name: str) -> PairFunction:
     from torchmetrics.functional import mean_squared_error
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+    def ssim(true: torch.Tensor, test: torch.Tensor) -> object:
+        if min(true.shape[2:]) <= 5:
+            raise ValueError(f"ssim needs pictures of at least 6 pixels on each side, got {list(true.shape[2:])}")
+        return structural_similarity_index_measure(test, true, data_range=255.0)
+
     functions: dict[str, Callable[[torch.Tensor, torch.Tensor], object]] = {
         "psnr": lambda true, test: peak_signal_noise_ratio(test, true, data_range=255.0),
-        "ssim": lambda true, test: structural_similarity_index_measure(test, true, data_range=255.0),
+        "ssim": ssim,
         "mse": lambda true, test: mean_squared_error(test, true),
     }
     return lambda true, test: float(functions[name](true, test))  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..platforms import current_platform
 from .sources import Media, Pair, matched_files, read_pairs
-from .weights import find_weights
+from .weights import broken_weights, find_weights
 
 __all__ = ["FidDistribution", "FrechetInceptionDistance"]
 
@@ -34,13 +34,18 @@ class _Features(nn.Module):
 
 @functools.cache
 def _network(path: Path, device: str) -> Any:
-    return torch.jit.load(str(path), map_location=device).eval()
+    try:
+        return torch.jit.load(str(path), map_location=device).eval()
+    except RuntimeError as error:  # another file, or a part of one
+        raise broken_weights("FID", path, URL, error) from error
 
 
 class FidDistribution:
     """The features of all pictures on both sides."""
 
     def __init__(self, batch_size: int = 1, device: str | None = None) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         from torchmetrics.image.fid import FrechetInceptionDistance as Distance
 
         self.distance = Distance(feature=_Features(device or current_platform.device_type))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from ..platforms import current_platform
-from .weights import find_weights
+from .weights import broken_weights, find_weights
 
 __all__ = ["Lpips", "load_lpips"]
 
@@ -79,4 +80,8 @@ def load_lpips() -> Callable[[torch.Tensor, torch.Tensor], float]:
 
 @functools.cache
 def _network(alexnet: Path, channels: Path) -> Lpips:
-    return Lpips().load(alexnet, channels).eval().to(current_platform.device_type)
+    try:
+        network = Lpips().load(alexnet, channels)
+    except (KeyError, RuntimeError, pickle.UnpicklingError) as error:  # another file, or a part of one
+        raise broken_weights("LPIPS", alexnet, URL, error) from error
+    return network.eval().to(current_platform.device_type)

@@ -12,7 +12,7 @@ import numpy
 import torch
 
 from ..platforms import current_platform
-from .sources import PICTURES, Media, media_files, read_picture
+from .sources import PICTURES, Media, existing, media_files, read_picture
 
 __all__ = ["PROMPT_METRICS", "compute_clip_score", "compute_image_reward", "score"]
 
@@ -36,11 +36,12 @@ def compute_clip_score(
             ``CLIP_MODEL_DIR``, else ``laion/CLIP-ViT-g-14-laion2B-s12B-b42K``.
 
     Raises:
-        ValueError: Without a picture or a prompt.
-        FileNotFoundError: If the model is not on this machine; the message says where to put it.
+        ValueError: Without a picture or a prompt; for a folder without a model.
+        TypeError: For prompts that are not strings.
+        FileNotFoundError: If the model is not on this machine, and the message says where to put it; or the text file.
         ImportError: Without torchmetrics or transformers.
     """
-    return _mean(score(load_clip(clip_model_path), img_dir, prompts))
+    return _mean(score(lambda: load_clip(clip_model_path), img_dir, prompts))
 
 
 def compute_image_reward(
@@ -55,21 +56,24 @@ def compute_image_reward(
             ``IMAGEREWARD_MODEL_DIR``, else ``~/.cache/ImageReward``.
 
     Raises:
-        ValueError, FileNotFoundError: As :func:`compute_clip_score`.
+        ValueError, TypeError, FileNotFoundError: As :func:`compute_clip_score`.
         ImportError: Without the package ``image-reward``.
     """
-    return _mean(score(load_image_reward(imagereward_model_path), img_dir, prompts))
+    return _mean(score(lambda: load_image_reward(imagereward_model_path), img_dir, prompts))
 
 
 def score(
-    function: Score,
+    load: Callable[[], Score],
     img_dir: Media,
     prompts: str | Sequence[str],
     advance: Callable[[int, int], None] = lambda done, files: None,
 ) -> list[tuple[str, float]]:
-    """The name and score of each picture; ``advance`` as in :func:`cachedit.metrics.compare.compare`."""
-    pictures = _pictures(img_dir)
-    texts = _prompts(prompts)
+    """The name and score of each picture; ``advance`` as in :func:`cachedit.metrics.compare.compare`.
+
+    The model is loaded when pictures and prompts are known to be there.
+    """
+    pictures, texts = _pictures(img_dir), _prompts(prompts)
+    function = load()
     if len(pictures) != len(texts):
         logger.warning("%d pictures and %d prompts: those without a partner are left out", len(pictures), len(texts))
     result = []
@@ -89,6 +93,11 @@ def load_clip(path: str | None = None) -> Score:
         model: Any = CLIPModel.from_pretrained(path, local_files_only=True)
         processor = CLIPProcessor.from_pretrained(path, local_files_only=True)
     except OSError as error:
+        if Path(path).is_dir():
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"clip_model_path: {path} does not hold a CLIP model as Hugging Face's: {reason}"
+            ) from error
         raise FileNotFoundError(
             f"the CLIP score needs the model {path}, which is not on this machine: `hf download {path}` puts it into "
             "Hugging Face's cache, or let CLIP_MODEL_DIR name a folder that holds its config.json, model.safetensors "
@@ -158,8 +167,7 @@ PROMPT_METRICS: dict[str, Callable[[], Score]] = {"clip_score": load_clip, "imag
 def _pictures(img_dir: Media) -> list[tuple[str, Media]]:
     if isinstance(img_dir, numpy.ndarray):
         return [("array", img_dir)]
-    if not Path(img_dir).exists():
-        raise FileNotFoundError(f"there is no file or folder {img_dir}")
+    existing(img_dir, "img_dir")
     if not Path(img_dir).is_dir():
         return [(Path(img_dir).name, img_dir)]
     files = media_files(img_dir, PICTURES)
@@ -171,7 +179,11 @@ def _pictures(img_dir: Media) -> list[tuple[str, Media]]:
 def _prompts(prompts: str | Sequence[str]) -> list[str]:
     if isinstance(prompts, str):
         is_file = len(prompts) < 4096 and Path(prompts).is_file()
+        if prompts.endswith(".txt") and not is_file:
+            raise FileNotFoundError(f"prompts: there is no file {prompts}")
         prompts = Path(prompts).read_text(encoding="utf-8").splitlines() if is_file else [prompts]
+    if not isinstance(prompts, (list, tuple)) or not all(isinstance(text, str) for text in prompts):
+        raise TypeError(f"prompts must be a string, a list of strings or the path of a text file, got {prompts!r}")
     texts = [text.strip() for text in prompts]
     if not any(texts):
         raise ValueError("prompts: there is no prompt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import re
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 
-__all__ = ["Media", "Pair", "matched_files", "media_files", "read_pairs", "read_picture"]
+__all__ = ["Media", "Pair", "existing", "matched_files", "media_files", "read_pairs", "read_picture"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +37,17 @@ def matched_files(true: Media, test: Media) -> list[tuple[str, Media, Media]]:
     Raises:
         ValueError: If one is a folder and the other is not, or they share no file.
         FileNotFoundError: For a path that does not exist.
+        TypeError: For what is neither a path nor an array.
     """
-    folders = [not isinstance(media, numpy.ndarray) and _existing(media).is_dir() for media in (true, test)]
+    sides = {"image_true": true, "image_test": test}
+    folders = [not isinstance(media, numpy.ndarray) and existing(media, side).is_dir() for side, media in sides.items()]
     if not any(folders):
         return [("array" if isinstance(test, numpy.ndarray) else Path(test).name, true, test)]
     if not all(folders) or isinstance(true, numpy.ndarray) or isinstance(test, numpy.ndarray):
         raise ValueError("image_true and image_test must both be folders, or neither")
     names = [file.relative_to(true) for file in media_files(true)]
+    if not names:
+        raise ValueError(f"image_true: there is no picture or video in {true}")
     found = [name for name in names if (Path(test) / name).is_file()]
     if not found:
         raise ValueError(f"image_test: {test} has no picture or video with the name of one in {true}")
@@ -62,7 +67,8 @@ def read_pairs(name: str, true: Media, test: Media) -> Iterator[Pair]:
     """Read two files: one pair of pictures, or a pair per frame of two videos, as far as the shorter one goes.
 
     Raises:
-        ValueError: If the sizes differ, or one is a video and the other is not.
+        ValueError: If the sizes differ, one is a video and the other is not, or a video cannot be read.
+        ImportError: For a video without a package that reads it.
     """
     if not _is_video(true) and not _is_video(test):
         yield _pair(name, read_picture(true), read_picture(test))
@@ -85,21 +91,29 @@ def read_picture(picture: Media) -> torch.Tensor:
             picture = numpy.asarray(opened.convert("RGB"))
     if picture.ndim != 3 or picture.shape[2] != 3 or not numpy.issubdtype(picture.dtype, numpy.integer):
         raise ValueError(f"a picture must be an array [H, W, 3] of integers, got {picture.dtype} {list(picture.shape)}")
+    if picture.dtype != numpy.uint8 and picture.size and not 0 <= picture.min() <= picture.max() <= 255:
+        raise ValueError(f"a picture must be of integers from 0 to 255, got {picture.min()} to {picture.max()}")
     return torch.from_numpy(picture.astype(numpy.uint8)).permute(2, 0, 1).contiguous()
 
 
 def _frames(video: Any) -> Iterator[torch.Tensor]:
+    """Frames as uint8 [3, H, W], by imageio and one of the packages that it reads videos with."""
     try:
         import imageio.v3
 
         frames = imageio.v3.imiter(video)
-        first = next(frames)
+        first = next(frames, None)
+    except FileNotFoundError:
+        raise
     except (ImportError, OSError, ValueError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise ImportError(
-            f"{video} could not be opened; reading videos needs pip install 'cachedit-kernels[video]': {error}"
-        ) from error
+        if not any(importlib.util.find_spec(package) for package in ("imageio_ffmpeg", "av")):
+            raise ImportError(
+                f"{video} could not be opened; reading videos needs imageio with imageio-ffmpeg or av: "
+                "pip install 'cachedit-kernels[video]'"
+            ) from error
+        raise ValueError(f"{video} cannot be read as a video: {str(error).strip().splitlines()[0]}") from error
+    if first is None:
+        raise ValueError(f"{video} has no frames")
     yield read_picture(first[..., :3])
     for frame in frames:
         yield read_picture(frame[..., :3])
@@ -112,11 +126,13 @@ def _pair(name: str, true: torch.Tensor, test: torch.Tensor) -> Pair:
     return Pair(name, true, test)
 
 
-def _existing(path: str | Path) -> Path:
-    path = Path(path)
-    if not path.exists():
+def existing(path: Any, argument: str) -> Path:
+    """The path of a file or folder. FileNotFoundError where there is none, TypeError for what is no path."""
+    if not isinstance(path, (str, Path)):
+        raise TypeError(f"{argument} must be a path or an array [H, W, 3] of integers, got {type(path).__name__}")
+    if not Path(path).exists():
         raise FileNotFoundError(f"there is no file or folder {path}")
-    return path
+    return Path(path)
 
 
 def _is_video(media: Media) -> bool:

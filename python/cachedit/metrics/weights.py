@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["find_weights"]
+__all__ = ["broken_weights", "find_weights"]
 
 VARIABLE = "CACHEDIT_METRICS_WEIGHTS"
 
@@ -27,3 +27,9 @@ def find_weights(metric: str, file: str, url: str) -> Path:
         f"{metric} needs the file {file}, which is not on this machine: get it from {url} and put it into "
         f"{folders[0] if folders else hub} (or another folder that the variable {VARIABLE} names)"
     )
+
+
+def broken_weights(metric: str, path: Path, url: str, error: Exception) -> ValueError:
+    """What to raise for a file that is there, but cannot be read."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ValueError(f"{metric} cannot read its weights in {path}: {reason}; get the file again from {url}")

@@ -147,12 +147,13 @@ DERIVED: dict[str, ModelEntry] = {
     "NunchakuFluxTransformer2DModelV2": _separate(B("transformer_blocks", P1), B("single_transformer_blocks", P3)),
 }
 
-# Transformers of diffusers that have no row, and why.
+# Transformers of diffusers, and of libraries that derive from them, that have no row, and why.
 _PART = "is a part of a UNet, not a denoiser by itself"
 UNCOVERED: dict[str, str] = {
     "AnyFlowFARTransformer3DModel": "its pipeline has no progress_bar, and runs it to fill caches as well",
     "DreamLiteTransformer2DModel": _PART,
     "MiniMaxMusic3RVQDepthDecoder": "is an autoregressive decoder",
+    "NunchakuFluxTransformer2dModel": "it runs all its blocks in one call; NunchakuFluxTransformer2DModelV2 has a row",
     "RFD4ProteinaTransformer": "it runs its list several times per forward, and updates pairs of tokens in between",
     "SanaWMLTX2RefinerTransformer3DModel": "its pipeline counts blocks of frames, not steps",
     "T5FilmDecoder": "its pipeline is deprecated",
@@ -164,8 +165,10 @@ UNCOVERED: dict[str, str] = {
 
 
 def find_entry(transformer: nn.Module) -> ModelEntry | None:
-    """Return the entry of a transformer's class, or of the nearest base class that has one."""
+    """Return the entry of a transformer's class, or of the nearest base class that has one or a reason against it."""
     for cls in type(transformer).__mro__:
+        if cls.__name__ in UNCOVERED:
+            return None
         entry = MODELS.get(cls.__name__) or DERIVED.get(cls.__name__)
         if entry is not None:
             return entry

@@ -49,7 +49,7 @@ def quantize(module: Target, quantize_config: QuantizeConfig | None = None, **kw
     """Quantize linear layers in place, by default those of a transformer's repeated blocks.
 
     Quantized layers take and return the dtypes that they did before. There is no way back but loading the weights
-    again. Layers that are quantized already are left as they are.
+    again. Layers that are quantized already are left as they are, and so are LoRA adapters, whose base layers are not.
 
     Args:
         module: A transformer or any other module (or a pipeline, or an adapter: its transformers), on the device that
@@ -87,10 +87,12 @@ def prepare_quantization(target: Any, config: QuantizeConfig) -> Quantization:
             f"quantization needs torchao, which cannot be imported ({error}): "
             'pip install "cachedit-kernels[quantization]"'
         ) from error
+    if config.precision_plan and not config.regional_quantize:
+        logger.warning("precision_plan is for regional_quantize=True, and is not looked at")
     layers = [
         layer for module, component_config in _components(target, config) for layer in _select(module, component_config)
     ]
-    for kind, layer in {_kind(layer): layer for layer in layers}.items():
+    for kind, layer in {_kind(layer): layer for layer in reversed(layers)}.items():  # the first of each kind
         _try(layer, kind)
     return Quantization(config, layers)
 
@@ -164,6 +166,8 @@ def _repeated_blocks(module: nn.Module, config: QuantizeConfig) -> list[tuple[st
 
 def _choose(name: str, linear: nn.Linear, config: QuantizeConfig) -> tuple[str | None, str]:
     """The type of a layer, or None and why it is left as it is."""
+    if any(part.startswith("lora_") for part in name.split(".")):  # PEFT's lora_A and lora_B, others' lora_up
+        return None, "of LoRA adapters"
     if config.filter_fn is not None:
         if not config.filter_fn(linear, name):
             return None, "left out by filter_fn"

@@ -34,7 +34,7 @@ class QuantizeConfig:
         quant_type: ``float8_per_row`` (``float8``), ``float8_per_tensor``, ``float8_per_block``
             (``float8_blockwise``), ``float8_weight_only``, ``int8_per_row`` (``int8``), ``int8_per_tensor``,
             ``int8_weight_only``, ``int4``, ``int4_weight_only``; docs/quantization.md says what each needs.
-        exclude_layers: Layers with any of these in their dotted name stay as they are.
+        exclude_layers: Layers with any of these in their dotted name stay as they are; LoRA adapters always do.
         regional_quantize: Quantize only the repeated blocks: ``repeated_blocks``, or else the block lists of the model
             table, or else what diffusers names; a model without any of them whole.
         repeated_blocks: Class names of the blocks.
@@ -73,7 +73,10 @@ class QuantizeConfig:
         find_type(self.quant_type)
         backend = str(getattr(self.backend, "value", self.backend)).lower()
         if backend in ("cache_dit", "cache-dit", "cachedit"):
-            raise NotImplementedError(f"backend {self.backend!r} is not available in this version of cachedit yet")
+            raise NotImplementedError(
+                f"backend {self.backend!r} is not available in this version of cachedit yet, as it is for SVDQuant: "
+                f"there is torchao ({', '.join(_BACKENDS)})"
+            )
         if backend not in _BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(_BACKENDS)}, got {self.backend!r}")
         for name in ("calibrate_fn", "serialize_to", "svdq_kwargs"):
@@ -86,13 +89,18 @@ class QuantizeConfig:
             _check_names(name, getattr(self, name))
         if self.filter_fn is not None and not callable(self.filter_fn):
             raise TypeError(f"filter_fn must be a function of a layer and its name, got {self.filter_fn!r}")
-        if not isinstance(self.precision_plan, (Mapping, type(None))):
+        plan = self.precision_plan
+        if plan is not None and not (isinstance(plan, Mapping) and all(isinstance(part, str) for part in plan)):
             raise TypeError(f"precision_plan must map parts of layer names to types, got {self.precision_plan!r}")
         for part, quant_type in (self.precision_plan or {}).items():
             find_type(quant_type, f"precision_plan[{part!r}]")
-        if not isinstance(self.components_to_quantize, Mapping):
-            return _check_names("components_to_quantize", self.components_to_quantize)
-        for component, fields in self.components_to_quantize.items():
+        components = self.components_to_quantize
+        _check_names("components_to_quantize", list(components) if isinstance(components, Mapping) else components)
+        if components is not None and not components:
+            raise ValueError("components_to_quantize names no component: None stands for the transformers")
+        for component, fields in components.items() if isinstance(components, Mapping) else ():
+            if not isinstance(fields, Mapping):
+                raise TypeError(f"components_to_quantize: {component} must be a dictionary of fields, got {fields!r}")
             for key in fields:
                 if key not in _COMPONENT_FIELDS:
                     raise ValueError(

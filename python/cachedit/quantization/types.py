@@ -107,7 +107,10 @@ def find_type(name: str, field: str = "quant_type") -> str:
         raise TypeError(f"{field} must be a string, got {name!r}")
     found = _ALIASES.get(name.lower(), name.lower())
     if found.startswith(_LATER):
-        raise NotImplementedError(f"{field} {name!r} is not available in this version of cachedit yet")
+        raise NotImplementedError(
+            f"{field} {name!r} is not available in this version of cachedit yet: of 4 bits there are int4 and "
+            "int4_weight_only; SVDQuant transformers that Nunchaku has loaded can be cached (docs/quantization.md)"
+        )
     if found not in QUANT_TYPES:
         raise ValueError(f"{field} must be one of {', '.join([*QUANT_TYPES, *_ALIASES])}, got {name!r}")
     return found

@@ -2,6 +2,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -88,6 +89,13 @@ def test_compare(monkeypatch):
     assert float(decibels) == pytest.approx(compute_psnr(plain, cached)[0], abs=0.01) and cached_steps(text) == [3]
 
 
+def test_compare_draws_nothing_before_the_cache_is_known_to_fit(monkeypatch):
+    monkeypatch.setenv("CACHEDIT_FN", "99")
+    monkeypatch.setattr(EmbeddedPipeline, "__call__", lambda *args, **kwargs: pytest.fail("drawn"))
+    result = invoke("--compare", "--no-save-output")
+    assert result.exit_code == 2 and "Fn_compute_blocks + Bn_compute_blocks = 99" in result.output
+
+
 @pytest.mark.parametrize(("blocks", "expected"), [(["FluxTransformerBlock"], "blocks"), (None, "whole")])
 def test_warmup_and_compile_come_before_what_counts(monkeypatch, blocks, expected):
     happened = []
@@ -108,26 +116,33 @@ def test_several_prompts_and_a_saved_pipeline(elsewhere):
     assert all(os.path.isfile(f"outputs/a_red_ring-{number}.png") for number in (0, 1))
 
 
-@pytest.fixture(scope="module")
-def stable_diffusion3(tmp_path_factory):
-    """A folder with a whole pipeline of random weights: three text encoders with one tokenizer, transformer and VAE."""
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
-
-    from pipelines.stable_diffusion3 import sd3
+def alphabet():
+    """A tokenizer of letters."""
+    from transformers import CLIPTokenizer
 
     letters = "abcdefghijklmnopqrstuvwxyz"
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(
-        vocab={token: number for number, token in enumerate(tokens)}, merges=[], model_max_length=77
-    )
+    return CLIPTokenizer(vocab={token: number for number, token in enumerate(tokens)}, merges=[], model_max_length=77)
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion3(tmp_path_factory):
+    """A folder with a whole pipeline of random weights: three text encoders with one tokenizer, transformer and VAE."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    from pipelines.stable_diffusion3 import sd3
+
+    tokenizer = alphabet()
     config = CLIPTextConfig(
         **{"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
-        **{"projection_dim": 8, "vocab_size": len(tokens), "bos_token_id": 52, "eos_token_id": 53},
+        **{"projection_dim": 8, "vocab_size": len(tokenizer), "bos_token_id": 52, "eos_token_id": 53},
     )
     torch.manual_seed(0)
     encoders = {name: CLIPTextModelWithProjection(config).eval() for name in ("text_encoder", "text_encoder_2")}
     pipe = sd3("StableDiffusion3Pipeline").pipe
-    t5 = T5EncoderModel(T5Config(vocab_size=len(tokens), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).eval()
+    t5 = T5EncoderModel(
+        T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    ).eval()
     pipe.register_modules(
         tokenizer=tokenizer, tokenizer_2=tokenizer, tokenizer_3=tokenizer, text_encoder_3=t5, **encoders
     )
@@ -204,8 +219,6 @@ def test_more_gpus_than_there_are(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["pil", "np"])
 def test_videos_are_written(elsewhere, kind):
-    from types import SimpleNamespace
-
     frames = numpy.random.default_rng(0).random((2, 3, 16, 24, 3))
     videos = [[Image.fromarray((frame * 255).round().astype(numpy.uint8)) for frame in video] for video in frames]
     result = output.drawn(SimpleNamespace(frames=frames if kind == "np" else videos))
@@ -215,6 +228,44 @@ def test_videos_are_written(elsewhere, kind):
         read = Image.open(path)
         assert read.n_frames == 3 and read.size == (24, 16) and read.info["duration"] == 100
         assert compute_psnr(numpy.asarray(read.convert("RGB")), numpy.asarray(video[0]))[0] > 20
+
+
+def test_a_video_pipeline_and_the_metrics_of_what_it_writes(elsewhere, capsys):
+    """From the shell to MP4 files, with the cache and without, and back; sizes are no multiples of 16."""
+    pytest.importorskip("imageio_ffmpeg", reason="MP4 needs pip install 'cachedit-kernels[video]'")
+    import imageio.v3
+    from transformers import T5Config, T5EncoderModel
+
+    from cachedit.cli import metrics as command
+    from pipelines import build
+
+    pipe = build("LTXPipeline").pipe
+    tokenizer = alphabet()
+    t5 = T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    pipe.register_modules(tokenizer=tokenizer, text_encoder=T5EncoderModel(t5).eval())
+    pipe.save_pretrained(elsewhere / "ltx")
+    (elsewhere / "cache.yaml").write_text(
+        "cache_config: {Fn_compute_blocks: 1, max_warmup_steps: 1, residual_diff_threshold: 9.0}"
+    )
+    sizes = ("--height", 64, "--width", 96, "--num-frames", 9, "--num-inference-steps", 4, "--fps", 12)
+    text = run("--model-path", "ltx", "--prompt", "a cat", *sizes, "--cache-dit-config", "cache.yaml", "--compare")
+    assert "wrote outputs/a_cat.mp4 and outputs/a_cat-plain.mp4" in text
+    assert "LTXVideoTransformer3DModel.transformer_blocks" in text
+    frames = list(imageio.v3.imiter("outputs/a_cat.mp4"))
+    assert len(frames) == 9 and imageio.v3.immeta("outputs/a_cat.mp4")["fps"] == 12
+    assert command.run(["psnr", "-v1", "outputs/a_cat-plain.mp4", "-v2", "outputs/a_cat.mp4", "-table"]) == 0
+    assert "| a_cat.mp4 | 9 | " in capsys.readouterr().out
+
+
+def test_frames_of_an_mp4_file_keep_their_size(elsewhere):
+    pytest.importorskip("imageio_ffmpeg", reason="MP4 needs pip install 'cachedit-kernels[video]'")
+    import imageio.v3
+
+    frames = numpy.linspace(0, 1, 3 * 40 * 72 * 3).reshape(1, 3, 40, 72, 3)
+    (path,) = output.write(output.drawn(SimpleNamespace(frames=frames)), elsewhere, "v", 16)
+    read = list(imageio.v3.imiter(path))
+    assert path.name == "v.mp4" and [frame.shape for frame in read] == [(40, 72, 3)] * 3
+    assert all(compute_psnr(a, b)[0] > 25 for a, b in zip(read, (frames[0] * 255).round().astype(numpy.uint8)))
 
 
 def test_what_cannot_be_written(monkeypatch):

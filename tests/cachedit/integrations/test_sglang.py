@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 import cachedit
+import omni
 from cachedit import DBCacheConfig, alias
 from cachedit.controller import controller_of
 from cachedit.integrations.groups import decide_together
@@ -110,6 +111,75 @@ def test_two_transformers(cache_dit):
         assert stats.cached_steps == list(range(warmup, 6))
 
 
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("name", ["ErnieImageTransformer2DModel", "Krea2Transformer2DModel"])
+def test_adapters_that_it_brings(cache_dit, name, guided):
+    """Per request: SGLang says whether it is guided, keeps the adapter, and takes the cache off by it."""
+    model = omni.transformer(name)
+    assert cache_dit.BlockAdapterRegister.is_supported(model)
+    type(model).__module__ = "sglang.multimodal_gen.runtime.models.dits"
+    assert not cache_dit.BlockAdapterRegister.is_supported(model)
+    baseline = denoise([model], 8, guided)
+    ((blocks, _),) = model.lists.items()
+    pattern = cache_dit.ForwardPattern.Pattern_3
+    adapter = cache_dit.BlockAdapter(
+        transformer=model, blocks=getattr(model, blocks), forward_pattern=pattern, has_separate_cfg=guided
+    )
+    config = cache_dit.DBCacheConfig(
+        num_inference_steps=8, Fn_compute_blocks=1, max_warmup_steps=4, residual_diff_threshold=0.24
+    )
+    cache_dit.enable_cache(adapter, cache_config=config, calibrator_config=None, parallelism_config=None)
+    model._sglang_cache_dit_adapter = adapter
+    denoise([model], 8, guided)
+    (stats,) = cache_dit.summary(model, logging=False)
+    assert [len(branch.records) for branch in stats.branches.values()] == [8] * (1 + guided)
+    assert stats.cached_steps
+    cache_dit.disable_cache(model._sglang_cache_dit_adapter)
+    assert torch.equal(denoise([model], 8, guided), baseline)
+
+
+def test_two_transformers_that_are_not_guided(cache_dit):
+    """Ideogram 4: names and blocks are both given, and the second transformer has no step in a request of one."""
+    pair = [omni.transformer("Magi2TransformerBlock") for _ in range(2)]
+    config = cache_dit.DBCacheConfig(
+        num_inference_steps=6, Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=0.24
+    )
+    adapter = cache_dit.BlockAdapter(
+        transformer=pair,
+        blocks=[model.layers for model in pair],
+        blocks_name=["layers", "layers"],
+        forward_pattern=[cache_dit.ForwardPattern.Pattern_3] * 2,
+        params_modifiers=[cache_dit.ParamsModifier(cache_config=config, calibrator_config=None)] * 2,
+        check_forward_pattern=False,
+        check_num_outputs=False,
+        has_separate_cfg=False,
+    )
+    cache_dit.enable_cache(adapter, parallelism_config=None)
+    for shares in ((1, 0), (6, 6)):
+        for model, share in zip(pair, shares):
+            changed = DBCacheConfig().reset(
+                num_inference_steps=share, steps_computation_mask=None, steps_computation_policy=None
+            )
+            cache_dit.refresh_context(model, cache_config=changed, verbose=False)
+        denoise(pair, sum(shares), guided=False, first=shares[0])
+    for model in pair:
+        (stats,) = cache_dit.summary(model, logging=False)
+        assert stats.cached_steps == [2, 3, 4, 5]
+
+
+def test_a_request_ends_its_marks(cache_dit):
+    """On disabling, SGLang takes off what it has marked; the object with its groups has gone by then."""
+    model = QwenImageTransformer2DModel()
+    model._is_parallelized = True
+    cache_dit.enable_cache(model, cache_config=DBCacheConfig(num_inference_steps=8, Fn_compute_blocks=1))
+    model._context_manager._sglang_sp_group = None
+    cache_dit.disable_cache(model)
+    del model._is_parallelized
+    assert not hasattr(model, "_context_manager")
+    cache_dit.enable_cache(model, cache_config=DBCacheConfig(num_inference_steps=8, Fn_compute_blocks=1))
+    assert not hasattr(model, "_context_manager")
+
+
 def test_adapters_that_change_blocks(cache_dit):
     adapters = importlib.import_module("cache_dit.caching.cache_adapters.cache_adapter")
 
@@ -122,7 +192,9 @@ def test_adapters_that_change_blocks(cache_dit):
             raise AssertionError
 
     model = QwenImageTransformer2DModel()
-    with pytest.raises(NotImplementedError, match=r"^Other changes collect_unified_blocks of .* only BagelCachedAda"):
+    with pytest.raises(
+        NotImplementedError, match=r"^Other changes how cache_dit runs blocks, .* are known: BagelCachedAda"
+    ):
         Other.apply(model, cache_config=DBCacheConfig(Fn_compute_blocks=1))
     assert controller_of(model) is None
     Same.apply(model, cache_config=DBCacheConfig(Fn_compute_blocks=1))

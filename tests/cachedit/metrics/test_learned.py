@@ -1,5 +1,6 @@
 """LPIPS, FID, CLIP score and ImageReward, with networks of random weights in the place of the published ones."""
 
+import csv
 import sys
 import types
 
@@ -27,6 +28,21 @@ def folder(tmp_path, monkeypatch):
 )
 def test_weights_that_are_missing(folder, compute, file):
     with pytest.raises(FileNotFoundError, match=f"needs the file {file}, .* get it from https://.* into {folder} "):
+        compute(TRUE[0], TEST[0])
+
+
+@pytest.mark.parametrize("content", [b"no weights" * 99, {"layers.0.weight": torch.ones(2)}], ids=["bytes", "others"])
+@pytest.mark.parametrize(
+    ("compute", "file"), [(metrics.compute_lpips, lpips.FILE), (metrics.compute_fid, fid.FILE)], ids=["lpips", "fid"]
+)
+def test_weights_that_cannot_be_read(folder, compute, file, content):
+    if isinstance(content, bytes):
+        (folder / file).write_bytes(content)
+    else:
+        torch.save(content, folder / file)
+    with pytest.raises(
+        ValueError, match=f"cannot read its weights in {folder}/{file}: .*; get the file again from https"
+    ):
         compute(TRUE[0], TEST[0])
 
 
@@ -79,6 +95,8 @@ def test_fid_is_the_distance_of_two_gaussians(folder, tmp_path):
     assert batched.compute_fid(*paths) == (pytest.approx(expected, rel=1e-3), 12)
     with pytest.raises(ValueError, match="at least two pictures on each side, got 1"):
         metrics.compute_fid(true[0], test[0])
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        metrics.compute_fid(*paths, batch_size=0)
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +145,8 @@ def test_clip_score(clip, tmp_path, monkeypatch):
 def test_a_clip_model_that_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"needs the model \S*nothing, which is not on this .*CLIP_MODEL_DIR"):
         metrics.compute_clip_score(TRUE[0], "a ring", str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match=f"clip_model_path: {tmp_path} does not hold a CLIP model"):
+        metrics.compute_clip_score(TRUE[0], "a ring", str(tmp_path))
 
 
 @pytest.fixture
@@ -166,8 +186,37 @@ def test_prompts_and_pictures_that_are_missing(image_reward, tmp_path, caplog):
         (TRUE[0], [], ValueError, "there is no prompt"),
         (str(tmp_path), "a", ValueError, "there is no picture in"),
         ("nowhere", "a", FileNotFoundError, "no file or folder nowhere"),
+        (TRUE[0], "nowhere.txt", FileNotFoundError, "prompts: there is no file nowhere.txt"),
+        (TRUE[0], [1], TypeError, r"prompts must be a string, a list of strings or the path of a text file, got \[1\]"),
+        (TRUE[0], None, TypeError, "prompts must be a string, .*, got None"),
+        (None, "a", TypeError, "img_dir must be a path or an array .*, got NoneType"),
     ]:
         with pytest.raises(error, match=message):
             metrics.compute_image_reward(pictures, prompts, str(tmp_path))
     assert metrics.compute_image_reward(TRUE[0], ["a", "b"], str(tmp_path))[1] == 1
     assert "1 pictures and 2 prompts" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_all_of_them_from_the_shell(folder, clip, image_reward, tmp_path, monkeypatch, capsys):
+    """``cachedit metrics all``: with every file in its place nothing is left out, and values are those of Python."""
+    from cachedit.cli import metrics as command
+
+    torch.save({f"features.{name}": value for name, value in alexnet().state_dict().items()}, folder / lpips.FILE)
+    torch.jit.script(Statistics()).save(folder / fid.FILE)
+    for file in ("ImageReward.pt", "med_config.json"):
+        (tmp_path / file).touch()
+    monkeypatch.setenv("CLIP_MODEL_DIR", clip[0])
+    monkeypatch.setenv("IMAGEREWARD_MODEL_DIR", str(tmp_path))
+    random = numpy.random.default_rng(3)
+    true = save(tmp_path / "true", random.integers(0, 256, (3, 64, 80, 3), dtype=numpy.uint8))
+    test = save(tmp_path / "test", random.integers(0, 256, (3, 64, 80, 3), dtype=numpy.uint8))
+    (tmp_path / "prompts.txt").write_text("a red ring\ntwo blue squares\ngreen\n")
+    flags = ["-i1", true, "-i2", test, "-p", str(tmp_path / "prompts.txt"), "-b", "2", "--csv", str(tmp_path / "a.csv")]
+    assert command.run(["all", *flags]) == 0
+    assert "left out" not in capsys.readouterr().out
+    (row,) = csv.DictReader((tmp_path / "a.csv").open())
+    expected = {name: getattr(metrics, f"compute_{name}")(true, test)[0] for name in ("lpips", "fid", "psnr")}
+    for name in ("clip_score", "image_reward"):
+        expected[name] = getattr(metrics, f"compute_{name}")(test, str(tmp_path / "prompts.txt"))[0]
+    assert row["count"] == "3" and {name: float(row[name]) for name in expected} == pytest.approx(expected, rel=1e-4)

@@ -1,6 +1,6 @@
 """PSNR, SSIM and MSE: the values of scikit-image, over arrays, files, folders and videos."""
 
-import importlib
+import importlib.util
 import logging
 import math
 import sys
@@ -86,6 +86,45 @@ def test_videos(tmp_path, metric):
     assert metric(str(tmp_path / "true"), str(tmp_path / "test")) == metric(true, test)
 
 
+needs_reader = pytest.mark.skipif(
+    not any(importlib.util.find_spec(name) for name in ("imageio_ffmpeg", "av")),
+    reason="no reader of videos: pip install 'cachedit-kernels[video]'",
+)
+
+
+@needs_reader
+@ALL
+def test_mp4_files(tmp_path, metric):
+    """As good as its own frames; what the codec loses is part of what is compared."""
+    imageio = pytest.importorskip("imageio.v3")
+    smooth = numpy.linspace(0, 255, 48 * 64 * 3).reshape(48, 64, 3)
+    true = numpy.stack([numpy.roll(smooth, 8 * i, 1) for i in range(5)]).astype(numpy.uint8)
+    test = numpy.clip(true + numpy.random.default_rng(0).normal(0, 12, true.shape), 0, 255).astype(numpy.uint8)
+    for name, frames in (("a.mp4", true), ("b.mp4", test)):
+        imageio.imwrite(tmp_path / name, frames, fps=8)
+    read = [list(imageio.imiter(tmp_path / name)) for name in ("a.mp4", "b.mp4")]
+    single = [EXPECTED[metric](a, b) for a, b in zip(*read)]
+    assert len(single) == 5 and peak_signal_noise_ratio(read[0][2], true[2]) > 25
+    value, count = metric(tmp_path / "a.mp4", tmp_path / "b.mp4")
+    assert count == 5 and value == pytest.approx(sum(single) / 5, rel=1e-3, abs=2 * tolerance(metric))
+
+
+@pytest.mark.parametrize(
+    ("reader", "error", "message"),
+    [
+        (None, ImportError, r"broken.mp4 could not be opened; .* imageio-ffmpeg or av: pip install '\S+\[video\]'$"),
+        ("found", ValueError, "broken.mp4 cannot be read as a video: "),
+    ],
+)
+def test_a_video_that_cannot_be_read(tmp_path, monkeypatch, reader, error, message):
+    broken, find = tmp_path / "broken.mp4", importlib.util.find_spec
+    broken.write_bytes(b"no video" * 99)
+    readers = {"imageio_ffmpeg": reader, "av": None}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: readers[name] if name in readers else find(name))
+    with pytest.raises(error, match=message):
+        metrics.compute_psnr(broken, broken)
+
+
 def test_video_names_are_the_same_functions():
     for name in ("psnr", "ssim", "mse", "lpips", "fid"):
         assert getattr(metrics, f"compute_video_{name}") is getattr(metrics, f"compute_{name}")
@@ -100,9 +139,8 @@ def test_videos_of_different_lengths(tmp_path, caplog):
 
 def test_what_cannot_be_compared(tmp_path):
     true, other = save(tmp_path / "true", TRUE), save(tmp_path / "other", TEST, ("x.png", "y.png", "z.png"))
-    video = save_video(tmp_path / "v.gif", TRUE)
-    broken = tmp_path / "broken.mp4"
-    broken.write_bytes(b"no video" * 99)
+    video, empty = save_video(tmp_path / "v.gif", TRUE), tmp_path / "empty"
+    empty.mkdir()
     for a, b, error, message in [
         (true, other, ValueError, "has no picture or video with the name of one in"),
         (true, f"{other}/x.png", ValueError, "must both be folders, or neither"),
@@ -110,8 +148,14 @@ def test_what_cannot_be_compared(tmp_path):
         (TRUE[0], TEST[0][:8], ValueError, r"as large as image_true, \[3, H, W\] = \[3, 24, 32\], got \[3, 8, 32\]"),
         (TRUE[0], TEST[0] / 255, ValueError, r"an array \[H, W, 3\] of integers, got float64 \[24, 32, 3\]"),
         (video, f"{other}/x.png", ValueError, "must both be videos, or neither"),
-        (str(broken), str(broken), ImportError, r"broken.mp4 could not be opened; .*cachedit-kernels\[video\]"),
+        (TRUE[0].astype(int) + 99, TEST[0], ValueError, "of integers from 0 to 255, got 99 to 354"),
+        (None, TEST[0], TypeError, r"image_true must be a path or an array \[H, W, 3\] of integers, got NoneType"),
+        (TRUE[0], [TEST[0]], TypeError, "image_test must be a path or an array .*, got list"),
+        (str(empty), true, ValueError, "image_true: there is no picture or video in"),
         ("nowhere", true, FileNotFoundError, "there is no file or folder nowhere"),
     ]:
         with pytest.raises(error, match=message):
             metrics.compute_psnr(a, b)
+    with pytest.raises(ValueError, match=r"ssim needs pictures of at least 6 pixels on each side, got \[5, 32\]"):
+        metrics.compute_ssim(TRUE[0][:5], TEST[0][:5])
+    assert metrics.compute_ssim(TRUE[0][:6], TRUE[0][:6]) == (1, 1)

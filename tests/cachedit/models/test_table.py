@@ -23,7 +23,7 @@ def transformers():
     return {type(module).__name__: module for name in names for module in find_transformers(build(name).pipe)}
 
 
-@pytest.mark.parametrize("name", [*MODELS, *UNCOVERED])
+@pytest.mark.parametrize("name", [name for name in [*MODELS, *UNCOVERED] if not name.startswith("Nunchaku")])
 def test_names_are_classes(name):
     assert issubclass(getattr(diffusers, name), diffusers.ModelMixin)
 
