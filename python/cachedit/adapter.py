@@ -16,10 +16,11 @@ from .modifier import ParamsModifier, modifiers_per_transformer
 from .patch_functor import PatchFunctor
 from .pattern import ForwardPattern, check_outputs
 
-__all__ = ["BlockAdapter", "NamedBlocks", "TransformerPlan", "plan_for", "plan_or_learn"]
+__all__ = ["BlockAdapter", "NamedBlocks", "TransformerPlan", "plan_for", "plan_or_learn", "unwrapped"]
 
 _PREFIXES = ["transformer", "single_transformer", "blocks", "layers", "single_stream_blocks", "double_stream_blocks"]
 _SUFFIXES = ["TransformerBlock"]
+_WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")  # keep what they wrap as `module`
 
 Nested = Any  # one value, a list (per block list or per transformer), or a list of lists
 
@@ -131,22 +132,40 @@ class BlockAdapter:
         if not (self.denoises is None or callable(self.denoises)):
             raise TypeError(f"denoises must be a function of a call's arguments, got {_describe(self.denoises)}")
         transformers = list(transformer) if isinstance(transformer, (list, tuple)) else [transformer]
+        if not transformers:
+            raise ValueError("transformer must not be an empty list")
+        self._check_settings()
         fields = (
             _per_transformer(name, getattr(self, name), len(transformers))
             for name in ("blocks", "blocks_name", "forward_pattern")
         )
         where = [""] if len(transformers) == 1 else [f"[{i}]" for i in range(len(transformers))]
         plans = [self._plan(*values) for values in zip(where, transformers, *fields, strict=True)]
+        if len({id(plan.transformer) for plan in plans}) != len(plans):
+            raise ValueError("transformer: a transformer is given twice")
         modifiers = modifiers_per_transformer(self.params_modifiers, [len(plan.modifiers) for plan in plans])
         return [
             plan._replace(modifiers=chosen, denoises=self.denoises)
             for plan, chosen in zip(plans, modifiers, strict=True)
         ]
 
+    def _check_settings(self) -> None:
+        """Check the fields that do not belong to single transformers or lists."""
+        for name in ("check_num_outputs", "has_separate_cfg", "auto", "check_prefixes", "check_suffixes"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name in ("check_forward_pattern", "linked"):
+            if not isinstance(getattr(self, name), bool | None):
+                raise TypeError(f"{name} must be True, False or None, got {getattr(self, name)!r}")
+        for name in ("allow_prefixes", "allow_suffixes"):
+            value = getattr(self, name)
+            if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+                raise TypeError(f"{name} must be a list of texts, got {value!r}")
+
     def _plan(self, where: str, transformer: Any, blocks: Nested, names: Nested, patterns: Nested) -> TransformerPlan:
         if not isinstance(transformer, nn.Module):
             raise TypeError(f"transformer{where} must be a torch.nn.Module, got {type(transformer).__name__}")
-        transformer = getattr(transformer, "_orig_mod", transformer)  # torch.compile's wrapper
+        transformer = unwrapped(transformer)
         if not isinstance(self.patch_functor, PatchFunctor | None):
             raise TypeError(f"patch_functor must be a PatchFunctor, got {_describe(self.patch_functor)}")
         if self.auto and blocks is None and names is None:
@@ -219,7 +238,7 @@ def plan_for(transformer: nn.Module, pipe: Any = None) -> TransformerPlan:
     Raises:
         ValueError: If its class is not in the table.
     """
-    transformer = getattr(transformer, "_orig_mod", transformer)
+    transformer = unwrapped(transformer)
     entry = find_entry(transformer)
     if entry is None:
         name = type(transformer).__name__
@@ -243,10 +262,21 @@ def plan_or_learn(transformer: nn.Module, pipe: Any = None) -> TransformerPlan:
     Raises:
         ValueError: If it has no list of blocks to look at, or is known not to be covered.
     """
-    transformer = getattr(transformer, "_orig_mod", transformer)
+    transformer = unwrapped(transformer)
     if find_entry(transformer) is not None or type(transformer).__name__ in UNCOVERED:
         return plan_for(transformer, pipe)
     return _unknown(transformer, Search(), calls_branches_in_turn(pipe, transformer))
+
+
+def unwrapped(module: Any) -> Any:
+    """What is within the wrappers that torch puts around a module: to compile it, or to share it out."""
+    while True:
+        inner = getattr(module, "_orig_mod", None)  # torch.compile's
+        if inner is None and type(module).__name__ in _WRAPPERS:
+            inner = module.module
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
 
 
 def _unknown(transformer: nn.Module, search: Search, separate: bool) -> TransformerPlan:
@@ -297,6 +327,9 @@ def _per_transformer(name: str, value: Nested, count: int) -> list[Nested]:
 def _find_lists(
     where: str, transformer: nn.Module, blocks: list[Any], names: list[Any]
 ) -> list[tuple[str, nn.ModuleList]]:
+    for i, name in enumerate(names):
+        if not isinstance(name, str):
+            raise TypeError(f"blocks_name{where}[{i}] must be a text, got {name!r}")
     if not blocks and not names:
         raise ValueError(f"blocks{where}: give BlockAdapter the block list(s), or their blocks_name")
     if not blocks:
@@ -350,4 +383,5 @@ def _parameter_names(block: nn.Module) -> set[str]:
 
 
 def _describe(value: Any) -> str:
-    return f"{type(value).__name__} of {len(value)}" if hasattr(value, "__len__") else type(value).__name__
+    sized = isinstance(value, (str, list, tuple, dict, nn.ModuleList, nn.Sequential))
+    return f"{type(value).__name__} of {len(value)}" if sized else type(value).__name__

@@ -90,6 +90,8 @@ def enable_cache(
         prepared, parallel = prepare(), None
     else:
         prepared, parallel = agree_on(pipe_or_adapter, parallelism_config, prepare)
+    pipe = prepared.pipe
+    watch = None if pipe is None else PipelineWatch(pipe, prepared.transformers)  # raises for what is no pipeline
     if parallel is not None and parallel.config.attention_backend is not None:
         attention_backend = parallel.config.attention_backend
     if attention_backend is not None:
@@ -109,15 +111,14 @@ def enable_cache(
     if cache_config is not None and cache_config.cache_type is CacheType.NONE:
         logger.info("cache_type is NONE: nothing is enabled on %s", type(pipe_or_adapter).__name__)
         return _disable(pipe_or_adapter)
-    pipe = prepared.pipe
     watched = None if pipe is None else PipelineWatch.of(pipe)
     if watched is not None:
-        watched.release()
+        watched.release(pipe)
     for controller in prepared.controllers:
         controller.attach()
         _announce(controller, pipe)
-    if pipe is not None:
-        PipelineWatch(pipe, prepared.transformers).attach()
+    if watch is not None:
+        watch.attach()
     return pipe_or_adapter
 
 
@@ -143,9 +144,10 @@ def disable_cache(pipe_or_adapter: Any) -> Any:
 def _disable(pipe_or_adapter: Any) -> Any:
     for controller in controllers_of(pipe_or_adapter):
         controller.detach()
-    watched = PipelineWatch.of(getattr(pipe_or_adapter, "pipe", pipe_or_adapter))
+    pipe = getattr(pipe_or_adapter, "pipe", pipe_or_adapter)
+    watched = PipelineWatch.of(pipe)
     if watched is not None:
-        watched.release()
+        watched.release(pipe)
     return pipe_or_adapter
 
 
@@ -186,6 +188,8 @@ def refresh_context(
             if not masked:
                 _leave_out_old_mask(each.config)
             each.check()
+            if each.config.cache_type is CacheType.NONE:
+                raise ValueError("cache_type must not be NONE in a refresh: disable_cache takes the cache off")
         updated.append((controller, settings))
     for controller, settings in updated:
         controller.reconfigure(settings)
@@ -254,7 +258,7 @@ def limit_requests(target: Any, max_requests: int = 256, max_bytes: int | None =
         ValueError: If the cache is not enabled there, or a limit is below 1.
     """
     for name, value in (("max_requests", max_requests), ("max_bytes", 1 if max_bytes is None else max_bytes)):
-        if not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     for controller in enabled_controllers("target", target):
         controller.requests.limit(max_requests, max_bytes)

@@ -25,11 +25,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SPLIT",
+    "EagerSite",
     "Guard",
     "Link",
     "Run",
     "Section",
     "Site",
+    "called_again",
     "check_sizes",
     "current_run",
     "intercept",
@@ -179,10 +181,25 @@ class Site:
         return own_piece(self.block, signature.encoder_name, signature.encoder(args, kwargs))
 
 
+class EagerSite(Site):
+    """A site that is taken for its block by loops that ask ``isinstance(block, ...)``; dynamo does not trace these."""
+
+    __slots__ = ()
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self.block)
+
+
 def own_piece(block: nn.Module, name: str, stream: Any) -> Any:
     """What a block makes of a stream that it is called with: under sequence parallelism, the first one may split it."""
     split = vars(block).get(SPLIT)
     return stream if split is None or stream is None else split.stream(name, stream)
+
+
+def called_again(section: Section) -> ValueError:
+    """The error where a loop calls a block for the second time in one forward: what is stored is of the first."""
+    return ValueError(f"blocks: {section.name} is run through twice in one forward, and cannot be cached")
 
 
 def onload_group(block: nn.Module) -> None:

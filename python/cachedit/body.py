@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .blocks import Guard, Link, Section, Site, current_run, onload_group
+from .blocks import EagerSite, Guard, Link, Section, called_again, current_run, onload_group
 from .context import SectionState
 from .metric import Measured
 from .pattern import check_object, check_shapes
@@ -67,6 +67,8 @@ class SectionRun:
 
     def open(self, hidden: torch.Tensor) -> None:
         """The first head block is about to run on ``hidden``."""
+        if self.decided:
+            raise called_again(self.section)
         self.before = self.guard(hidden)
 
     def enter(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
@@ -163,7 +165,7 @@ class SectionRun:
         yield tail
 
 
-class _Open(Site):
+class _Open(EagerSite):
     __slots__ = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -171,7 +173,7 @@ class _Open(Site):
         return self.block(*args, **kwargs)
 
 
-class _HeadEnd(Site):
+class _HeadEnd(EagerSite):
     """Last head block, where it returns two values: the second may be known from nowhere else."""
 
     __slots__ = ()
@@ -189,7 +191,7 @@ class _HeadEnd(Site):
         return output
 
 
-class _Body(Site):
+class _Body(EagerSite):
     __slots__ = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -211,11 +213,15 @@ class _Skip:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.block, name)
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self.block)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.passed_on
 
 
-class _Edge(Site):
+class _Edge(EagerSite):
     """First and last block of the body (the same site where it has one block)."""
 
     __slots__ = ("enters", "leaves", "tail")

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from .config import _check_choice, _check_int, _check_real, _Config
+from .config import _check_bool, _check_choice, _check_int, _check_real, _Config
 
 __all__ = [
     "CalibratorConfig",
@@ -37,6 +37,13 @@ class CalibratorConfig(_Config):
 
     def validate(self) -> None:
         """Check types and ranges of every field."""
+        name, own = type(self).__name__, type(self).calibrator_type
+        if self.calibrator_type != own:  # each type has a class of its own
+            raise ValueError(f"calibrator_type must be {own!r} in a {name}, got {self.calibrator_type!r}")
+        for field in ("enable_calibrator", "enable_encoder_calibrator"):
+            _check_bool(field, getattr(self, field))
+            if type(self) is CalibratorConfig and getattr(self, field):
+                raise ValueError(f"{field}: a {name} forecasts nothing; take another, as TaylorSeerCalibratorConfig")
         _check_choice("calibrator_cache_type", self.calibrator_cache_type, ("residual", "hidden_states"))
 
     def strify(self, **kwargs: Any) -> str:

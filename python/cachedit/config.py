@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -58,7 +60,9 @@ class _Config:
         names = {field.name for field in dataclasses.fields(self)}
         unknown = sorted(set(kwargs) - names)
         if unknown:
-            raise TypeError(f"{type(self).__name__} has no field {unknown[0]!r}; fields are {', '.join(sorted(names))}")
+            near = difflib.get_close_matches(unknown[0], names, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"fields are {', '.join(sorted(names))}"
+            raise TypeError(f"{type(self).__name__} has no field {unknown[0]!r}; {hint}")
         for name, value in kwargs.items():
             if value is not None and (name, value) != ("num_inference_steps", 0):
                 setattr(self, name, value)
@@ -135,6 +139,11 @@ class BasicCacheConfig(_Config):
             ValueError: For a value out of range; the message names the field, what was expected and what came.
             TypeError: For a value of the wrong type.
         """
+        if self.cache_type not in (type(self).cache_type, CacheType.NONE):
+            raise ValueError(
+                f"cache_type must be CacheType.{type(self).cache_type} or CacheType.NONE in a {type(self).__name__}, "
+                f"got {self.cache_type!r}"
+            )
         _check_int("Fn_compute_blocks", self.Fn_compute_blocks, 1)
         _check_int("Bn_compute_blocks", self.Bn_compute_blocks, 0)
         _check_real("residual_diff_threshold", self.residual_diff_threshold)
@@ -151,8 +160,10 @@ class BasicCacheConfig(_Config):
         if self.steps_computation_policy not in MASK_POLICIES:  # SGLang refreshes with the mask's name: as "dynamic"
             _check_choice("steps_computation_policy", self.steps_computation_policy, ("dynamic", "static"))
         _check_choice("force_refresh_step_policy", self.force_refresh_step_policy, ("once", "repeat"))
-        if not isinstance(self.residual_float8, bool):
-            raise TypeError(f"residual_float8 must be True or False, got {self.residual_float8!r}")
+        if self.enable_separate_cfg is not None:
+            _check_bool("enable_separate_cfg", self.enable_separate_cfg)
+        for name in ("cfg_compute_first", "cfg_diff_compute_separate", "residual_float8"):
+            _check_bool(name, getattr(self, name))
         self.resolve_mask(self.num_inference_steps)
 
     def resolve_mask(self, total_steps: int | None) -> list[int] | None:
@@ -224,6 +235,8 @@ class DBPruneConfig(BasicCacheConfig):
     def validate(self) -> None:
         """Check types and ranges of every field."""
         super().validate()
+        for name in ("enable_dynamic_prune_threshold", "force_reduce_calibrator_vram"):
+            _check_bool(name, getattr(self, name))
         if self.max_dynamic_prune_threshold is not None:
             _check_real("max_dynamic_prune_threshold", self.max_dynamic_prune_threshold)
         _check_real("dynamic_prune_threshold_relax_ratio", self.dynamic_prune_threshold_relax_ratio)
@@ -271,12 +284,15 @@ def _check_int(name: str, value: Any, at_least: int, at_most: int | None = None)
 
 
 def _check_real(name: str, value: Any) -> None:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number, got {value!r}") from None
-    if math.isnan(number):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if math.isnan(value):
         raise ValueError(f"{name} must be a number, got NaN")
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

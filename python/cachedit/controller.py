@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from .adapter import TransformerPlan
+from .adapter import TransformerPlan, unwrapped
 from .blocks import Link, Section, check_sizes, intercept, release, run_sections
 from .config import BasicCacheConfig
 from .forward import CachedForward, find_own_forward, forward_slots
@@ -160,7 +160,7 @@ class Controller:
     def use_request(self, key: Hashable, total_steps: int | None) -> Iterator[None]:
         """Run the forwards inside, of this thread (or asyncio task), on the request ``key``."""
         check_key(key)
-        if total_steps is not None and not (isinstance(total_steps, int) and total_steps >= 1):
+        if total_steps is not None and (type(total_steps) is not int or total_steps < 1):
             raise ValueError(f"num_inference_steps must be an integer of at least 1, got {total_steps!r}")
         scope = Scope(key, total_steps)
         self._check_masks(self._steps(scope))
@@ -391,7 +391,7 @@ class Controller:
 
 def controller_of(module: Any) -> Controller | None:
     """Return the controller of a transformer that the cache is enabled on, else None."""
-    module = getattr(module, "_orig_mod", module)
+    module = unwrapped(module)
     return getattr(module, "__dict__", {}).get(_ATTRIBUTE)
 
 

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import _pytree as pytree
 
-import cachedit_kernels as kernels
 from cachedit_kernels.graphs import MAX_MASK, MAX_RECORDS, Control, Progress, Rules, StepGraph
 
 from .captured import Backend, Captured, Forward
@@ -210,13 +209,13 @@ class _Cut:
             assert seen.before is not None and seen.streams is not None
             state = self.forward.states[seen.section]
             if self.measures[seen.section]:
-                sums = kernels.residual_l1([seen.before], [seen.streams[0]], [_metric(state).anchor])
+                sums = _metric(state).sums(Measured(seen.before, seen.streams[0]))
             else:
                 sums = torch.zeros((1, 2), device=seen.before.device)
         return _Shown(seen.section, seen.before, seen.streams, seen.finals, sums, seen.output)
 
 
-def _metric(state: SectionState) -> Any:
+def _metric(state: SectionState) -> HeadResidual:
     assert isinstance(state.metric, HeadResidual)
     return state.metric
 

@@ -82,7 +82,7 @@ def steps_mask(
         return _from_bins(compute_bins, cache_bins, total_steps)
     if total_steps is None:
         raise ValueError("total_steps is required for a mask_policy")
-    if mask_policy not in _BINS_28:
+    if not isinstance(mask_policy, str) or mask_policy not in _BINS_28:
         raise ValueError(f"mask_policy must be one of {', '.join(MASK_POLICIES)}, got {mask_policy!r}")
     mask = _interleave(*_scaled_bins(mask_policy, total_steps))[:total_steps]
     mask[-1] = 1
@@ -107,6 +107,8 @@ def check_mask(mask: Sequence[int], total_steps: int | None = None, name: str = 
 
 def _from_bins(compute_bins: Sequence[int], cache_bins: Sequence[int], total_steps: int | None) -> list[int]:
     for name, bins in (("compute_bins", compute_bins), ("cache_bins", cache_bins)):
+        if isinstance(bins, str) or not isinstance(bins, Sequence):
+            raise TypeError(f"{name} must be a sequence of integers, got {type(bins).__name__}")
         for position, value in enumerate(bins):
             _check_count(f"{name}[{position}]", value, at_least=0)
     mask = _interleave(compute_bins, cache_bins)

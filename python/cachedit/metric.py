@@ -75,9 +75,14 @@ class HeadResidual:
         return sum(buffer.nbytes for buffer in self.buffers)
 
     def measure(self, seen: Measured) -> float:
-        if not self.known or self.anchor is None:
+        if not self.known:
             return math.inf
-        return relative(kernels.residual_l1([seen.before], [seen.after], [self.anchor]), self.group)[0]
+        return relative(self.sums(seen), self.group)[0]
+
+    def sums(self, seen: Measured) -> torch.Tensor:
+        """Return ``[[moved, size]]`` of a step, on the device."""
+        assert self.anchor is not None
+        return kernels.residual_l1([_before(seen)], [seen.after], [self.anchor])
 
     def keep(self, seen: Measured, computed: bool) -> None:
         if computed:
@@ -89,7 +94,7 @@ class HeadResidual:
         if self.ring is None:
             self.ring = allocate(1, seen.after)
             self.anchor = self.ring[0]
-        kernels.residual_push([seen.before], [seen.after], [self.ring], 0)
+        kernels.residual_push([_before(seen)], [seen.after], [self.ring], 0)
 
     def forget(self) -> None:
         self.known = False
@@ -138,6 +143,11 @@ class SignalChange:
     def release(self) -> None:
         self.previous = None
         self.known = False
+
+
+def _before(seen: Measured) -> torch.Tensor:
+    """In the dtype that the head returns, which under autocast need not be the one that it gets."""
+    return seen.before.to(seen.after.dtype)
 
 
 def relative(sums: torch.Tensor, group: Any = None) -> list[float]:

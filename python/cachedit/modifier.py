@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from .calibrator import CalibratorConfig
-from .config import BasicCacheConfig, DBCacheConfig
+from .config import BasicCacheConfig, CacheType, DBCacheConfig
 
 __all__ = ["ParamsModifier", "Settings", "modified", "modifiers_per_transformer", "settings_per_section"]
 
@@ -25,8 +25,7 @@ class Settings(NamedTuple):
             TypeError, ValueError: Naming the field, what was expected and what came.
         """
         config, calibrator = self
-        if not isinstance(config, BasicCacheConfig):
-            raise TypeError(f"cache_config must be a DBCacheConfig, got {type(config).__name__}")
+        _check_config(config)
         if calibrator is not None and not isinstance(calibrator, CalibratorConfig):
             raise TypeError(f"calibrator_config must be a CalibratorConfig, got {type(calibrator).__name__}")
         config.validate()
@@ -79,6 +78,7 @@ def modified(
     """Return copies of ``settings`` with what is given put in; fields that are None keep what is set."""
     config = copy.deepcopy(settings.config)
     if cache_config is not None:
+        _check_config(cache_config)
         # A partial configuration of fields that all kinds have says nothing about the kind.
         partial = _kind(cache_config) is DBCacheConfig and cache_config.cache_type is None
         if _kind(cache_config) is not _kind(config) and not partial:
@@ -134,12 +134,20 @@ def settings_per_section(
     groups: list[list[Any]] = []
     settings: list[Settings] = []
     modifier = iter(modifiers)
+    disabled = common.config.cache_type is CacheType.NONE
     for group in sections:
         applied = [common if (m := next(modifier)) is None else m.apply(common) for _ in group]
+        if any(each.config.cache_type is CacheType.NONE for each in applied) and not disabled:
+            raise ValueError("params_modifiers: cache_type NONE is for all block lists, as enable_cache's cache_config")
         split = any(each != applied[0] for each in applied)
         groups += [[item] for item in group] if split else [list(group)]
         settings += applied if split else applied[:1]
     return groups, [Settings(copy.deepcopy(s.config), copy.deepcopy(s.calibrator_config)) for s in settings]
+
+
+def _check_config(config: Any) -> None:
+    if not isinstance(config, BasicCacheConfig):
+        raise TypeError(f"cache_config must be a DBCacheConfig, got {type(config).__name__}")
 
 
 def _kind(config: BasicCacheConfig) -> type[BasicCacheConfig]:

@@ -58,6 +58,8 @@ class PatchFunctor:
             TypeError: If ``_apply`` sets the ``forward`` of a class, or returns another object than ``transformer`` or
                 None. Nothing is changed then, nor when ``_apply`` raises.
         """
+        if not isinstance(transformer, nn.Module):
+            raise TypeError(f"transformer must be a torch.nn.Module, got {_name(transformer)}")
         if is_patched(transformer):
             logger.warning("%s is patched already: %s is not applied", _name(transformer), _name(self))
             return transformer

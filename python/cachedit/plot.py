@@ -110,6 +110,9 @@ def _as_stats(stats_or_pipe: Any) -> Sequence[CacheStats]:
     if isinstance(stats_or_pipe, CacheStats):
         return [stats_or_pipe]
     if isinstance(stats_or_pipe, (list, tuple)):
+        for entry in stats_or_pipe:
+            if not isinstance(entry, CacheStats):
+                raise TypeError(f"stats_or_pipe must hold what summary returned, got {type(entry).__name__}")
         return stats_or_pipe
     from .api import summary
 

@@ -201,6 +201,8 @@ class UserPolicy(Policy):
         self.total_steps = total_steps
         assert config.policy is not None
         self.user: StepPolicy = config.policy()
+        if not callable(getattr(self.user, "decide", None)):
+            raise TypeError(f"policy must make a StepPolicy, with a method decide, got {self.user!r}")
 
     @property
     def measures(self) -> bool:

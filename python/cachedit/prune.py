@@ -12,7 +12,7 @@ from torch import nn
 
 import cachedit_kernels as kernels
 
-from .blocks import Guard, Link, Section, Site, onload_group
+from .blocks import EagerSite, Guard, Link, Section, Site, called_again, onload_group
 from .calibrator import CalibratorConfig
 from .config import DBPruneConfig
 from .context import State
@@ -202,6 +202,7 @@ class PruneRun:
         self.encoder: torch.Tensor | None = None
         self.object: Any = None
         self.opened = False
+        self.called: set[int] = set()
         self.wrote = False
         self.bypassed = False
 
@@ -233,6 +234,9 @@ class PruneRun:
 
     def call(self, site: Site, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute or prune one block."""
+        if number in self.called:
+            raise called_again(self.section)
+        self.called.add(number)
         block, state, pattern = site.block, self.state, site.link.signature.pattern
         hidden = site.hidden(args, kwargs)
         encoder = self.encoder if pattern.Forward_H_only else site.encoder(args, kwargs)
@@ -266,7 +270,7 @@ class PruneRun:
         return output
 
 
-class _Prunable(Site):
+class _Prunable(EagerSite):
     __slots__ = ("number",)
 
     def __init__(self, block: nn.Module, run: PruneRun, link: Link, number: int):
@@ -277,7 +281,7 @@ class _Prunable(Site):
         return self.run.call(self, self.number, args, kwargs)
 
 
-class _Tracked(Site):
+class _Tracked(EagerSite):
     """A block that is always computed, where it returns two values: the second may be known from nowhere else."""
 
     __slots__ = ()

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
-from .adapter import BlockAdapter, TransformerPlan, plan_for
+from .adapter import BlockAdapter, TransformerPlan, plan_for, unwrapped
 from .models import PIPELINES, find_entry, find_transformers, matrix_rows
 from .models.matrix import TITLES
 
@@ -43,12 +43,20 @@ class BlockAdapterRegister:
             name: Beginning of a class name. A name that is registered already gets the new function.
             supported: False registers nothing.
 
+        Raises:
+            TypeError: For a name that is no text or empty, or, from the decorator, something else than a function.
+
         Returns:
             The decorator. Its function is called with the pipeline (for a transformer alone: an object with only the
             attribute ``transformer``) and the keyword arguments of :meth:`get_adapter`.
         """
 
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"name must be the beginning of a class name, got {name!r}")
+
         def decorate(factory: Factory) -> Factory:
+            if not callable(factory):
+                raise TypeError(f"what is registered for {name!r} must be a function, got {factory!r}")
             if supported:
                 cls._factories[name] = factory
             return factory
@@ -70,7 +78,7 @@ class BlockAdapterRegister:
         if registered is not None:
             return registered
         alone = isinstance(pipe_or_module, nn.Module)
-        transformers = [_uncompiled(m) for m in ([pipe_or_module] if alone else find_transformers(pipe_or_module))]
+        transformers = [unwrapped(m) for m in ([pipe_or_module] if alone else find_transformers(pipe_or_module))]
         if not transformers or any(find_entry(transformer) is None for transformer in transformers):
             return None
         pipe = None if alone else pipe_or_module
@@ -79,7 +87,7 @@ class BlockAdapterRegister:
     @classmethod
     def registered(cls, pipe_or_module: Any, **kwargs: Any) -> BlockAdapter | None:
         """Return the adapter that a user's registration makes, or None if there is none for this class."""
-        class_name = type(_uncompiled(pipe_or_module)).__name__
+        class_name = type(unwrapped(pipe_or_module)).__name__
         name = max((name for name in cls._factories if class_name.startswith(name)), key=len, default=None)
         if name is None:
             return None
@@ -138,10 +146,6 @@ def supported_matrix() -> str:
     registered = [(name, "", "registered", "", "") for name in BlockAdapterRegister._factories]
     rule = ("---",) * len(TITLES)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (TITLES, rule, *registered, *matrix_rows()))
-
-
-def _uncompiled(target: Any) -> Any:
-    return getattr(target, "_orig_mod", target)  # torch.compile's wrapper
 
 
 def _adapter_of(pipe: Any, plans: list[TransformerPlan], **fields: Any) -> BlockAdapter:

@@ -33,6 +33,9 @@ def strify(adapter_or_others: Any) -> str:
         stats = [adapter_or_others]
     elif isinstance(adapter_or_others, list):
         stats = adapter_or_others
+        for entry in stats:
+            if not isinstance(entry, CacheStats):
+                raise TypeError(f"adapter_or_others must hold what summary returned, got {type(entry).__name__}")
     else:
         stats = summary(adapter_or_others, logging=False)
     first = stats[0] if stats else CacheStats()

@@ -34,7 +34,11 @@ class PipelineWatch:
 
     def __init__(self, pipe: Any, transformers: Sequence[nn.Module]):
         # Weak: who lets go of a pipeline or of a transformer gets the memory back.
-        self._pipe = weakref.ref(pipe)
+        try:
+            self._pipe = weakref.ref(pipe)
+            vars(pipe)
+        except TypeError:
+            raise TypeError(f"pipe must be an object like a diffusers pipeline, got {type(pipe).__name__}") from None
         self._transformers = [weakref.ref(transformer) for transformer in transformers]
         self.timesteps = self._timesteps()  # of the loop before: there is none to notice yet
 
@@ -68,9 +72,9 @@ class PipelineWatch:
         for controller in self.controllers:
             controller.watch = self
 
-    def release(self) -> None:
-        """Stop watching; the pipeline gets its own ``progress_bar`` back."""
-        attributes = vars(self._pipe())
+    def release(self, pipe: Any) -> None:
+        """Stop watching; the pipeline, or a shallow copy of it, gets its own ``progress_bar`` back."""
+        attributes = vars(pipe)
         attributes.pop(_ATTRIBUTE, None)
         current = attributes.get("progress_bar")
         if isinstance(current, MethodType) and current.__self__ is self:
@@ -80,6 +84,12 @@ class PipelineWatch:
 
     def progress_bar(self, iterable: Any = None, total: int | None = None, **kwargs: Any) -> Any:
         """Announce a request to all transformers, then do what the pipeline's own method does."""
+        pipe: Any = self._pipe()
+        if pipe is None:
+            raise RuntimeError(
+                "the pipeline that the cache was enabled on is gone, and this is a shallow copy of it: call "
+                "enable_cache on the copy"
+            )
         if iterable is None:
             steps = None if total is None else self._forwards(total)
         else:
@@ -87,7 +97,6 @@ class PipelineWatch:
         loop = Loop(self, self._timesteps(), None if len(self._transformers) > 1 else steps)
         for controller in self.controllers:
             controller.announce(loop)
-        pipe: Any = self._pipe()
         original = self._previous or MethodType(type(pipe).progress_bar, pipe)
         given = {"iterable": iterable, "total": total} | kwargs
         return original(**{name: value for name, value in given.items() if value is not None})

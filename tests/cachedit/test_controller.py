@@ -11,9 +11,11 @@ from diffusers.hooks import HookRegistry
 from diffusers.hooks import ModelHook as DiffusersHook
 
 import cachedit
+import holds
 from cachedit import DBCacheConfig, TaylorSeerCalibratorConfig
 from cachedit.forward import CachedForward
-from toys import flux_inputs, run_flux, tiny_flux
+from holds import reused, reusing, same
+from toys import flux_inputs, make_toy, run_flux, run_toy, tiny_flux
 
 CONFIG = DBCacheConfig(
     Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=9.0, num_inference_steps=5
@@ -107,6 +109,19 @@ def test_layerwise_casting(order, cached):
         put(model)
     torch.testing.assert_close(run(model), cached, rtol=0.1, atol=0.05)
     assert cachedit.summary(model, logging=False)[0].cached_steps == [2, 3, 4]
+
+
+def test_autocast():
+    """The first block gets bfloat16 from a linear layer, and returns float32: its residual is that of the wider one."""
+    model = holds.enable(make_toy(), reusing(num_inference_steps=5))
+    plain, expected = run_toy(make_toy(), 5), run_toy(model, 5)
+    for _ in range(2):  # the next request may run otherwise than the one before
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = run_toy(model, 5)
+        assert reused(model) == [[2, 3, 4]]
+        for ours, theirs, full in zip(outputs, expected, plain, strict=True):
+            assert (ours - theirs).abs().max() < 0.05 * full.abs().max()
+        assert same(run_toy(model, 5), expected)
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,14 @@ import torch
 from torch import nn
 
 import cachedit
-from cachedit import BlockAdapter, DBCacheConfig, DBPruneConfig, ForwardPattern, TaylorSeerCalibratorConfig
+from cachedit import BlockAdapter, CacheType, DBCacheConfig, DBPruneConfig, ForwardPattern, TaylorSeerCalibratorConfig
 from toys import SingleBlock, run_toy
 
 P = ForwardPattern
 TWO_OUTPUTS = [P.Pattern_0, P.Pattern_1, P.Pattern_4, P.Pattern_5]
 CONFIGS = {
     "DBCache": DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=9.0),
-    "DBCache, head and tail": DBCacheConfig(2, 2, max_warmup_steps=2, residual_diff_threshold=9.0),
+    "DBCache, head and tail": DBCacheConfig(CacheType.DBCache, 2, 2, max_warmup_steps=2, residual_diff_threshold=9.0),
     "DBPrune": DBPruneConfig(Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=9.0),
 }
 

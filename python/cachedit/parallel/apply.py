@@ -56,7 +56,7 @@ def process_group(config: Any) -> dist.ProcessGroup:
     """The ranks that take part.
 
     Raises:
-        TypeError: For another configuration.
+        TypeError: For another configuration, or something else than a process group in it.
         RuntimeError: Where torch.distributed has not been initialised.
     """
     if not isinstance(config, ParallelismConfig):
@@ -66,6 +66,8 @@ def process_group(config: Any) -> dist.ProcessGroup:
             "parallelism_config: torch.distributed is not initialised; launch with torchrun and call "
             "torch.distributed.init_process_group first"
         )
+    if not isinstance(config.process_group, dist.ProcessGroup | None):
+        raise TypeError(f"process_group must be one that this rank is in, got {config.process_group!r}")
     return dist.distributed_c10d._get_default_group() if config.process_group is None else config.process_group
 
 

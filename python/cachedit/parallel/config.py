@@ -110,6 +110,8 @@ class ParallelismConfig:
 
     def __post_init__(self) -> None:
         names = [field.name for field in dataclasses.fields(self) if field.name != "parallel_kwargs"]
+        if not isinstance(self.parallel_kwargs or {}, dict):
+            raise TypeError(f"parallel_kwargs must be a dict, got {self.parallel_kwargs!r}")
         for key, value in (self.parallel_kwargs or {}).items():
             name = _OLD_NAMES.get(key, key)
             if name not in names:
@@ -134,6 +136,10 @@ class ParallelismConfig:
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name, kind in (("cp_plan", dict), ("extra_parallel_kwargs", dict), ("attention_backend", str)):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise TypeError(f"{name} must be a {kind.__name__}, got {value!r}")
         if self.ring_rotate_method not in ROTATE_METHODS:
             raise ValueError(
                 f"ring_rotate_method must be one of {', '.join(ROTATE_METHODS)}, got {self.ring_rotate_method!r}"
