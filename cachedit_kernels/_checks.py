@@ -163,6 +163,13 @@ def ulysses_pack(tensors: Sequence[Tensor], splits: Sequence[int], scatter_dim: 
     _ulysses_splits(op, "scatter_dim", scatter_dim, splits, tensors[0].shape)
 
 
+def are_tensors(op: str, **arguments: object) -> None:
+    """What a schema says, but for None, which passes for a tensor there."""
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            _refuse(op, f"{name} must be a tensor, got {type(value).__name__}")
+
+
 def attention_tensors(op: str, tensors: Sequence[Tensor], float8: Sequence[bool]) -> None:
     """At least one [B, L, H, D], and all alike; `float8` has a value for each."""
     if len(tensors) == 0:

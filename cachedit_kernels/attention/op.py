@@ -32,6 +32,7 @@ def merge_attention(out: Tensor, lse: Tensor, out2: Tensor, lse2: Tensor) -> tup
     Raises:
         RuntimeError: naming the argument, what was expected and what came.
     """
+    _checks.are_tensors("merge_attention", out=out, lse=lse, out2=out2, lse2=lse2)
     return _merge_attention(out, lse, out2, lse2)  # type: ignore[no-any-return]
 
 

@@ -52,6 +52,7 @@ def quantized_all_to_all(
             disagree on `lengths` or shapes, the collective fails.
     """
     op = "quantized_all_to_all"
+    _checks.are_tensors(op, q=q, k=k, v=v)
     q_all, k_all, v_all = begin_scatter_heads([q, k, v], group, lengths, float8, dequantize, op).wait()
     return q_all, k_all, v_all
 
@@ -82,6 +83,7 @@ def quantized_all_to_all_output(
         RuntimeError: as `quantized_all_to_all`.
     """
     op = "quantized_all_to_all_output"
+    _checks.are_tensors(op, o=o)
     (result,) = begin_scatter_sequence([o], group, heads, lengths, [float8], dequantize, op).wait()
     return result
 

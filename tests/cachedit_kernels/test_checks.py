@@ -284,3 +284,19 @@ def test_a_tensor_in_place_of_a_list_is_refused() -> None:
 
 def test_nan_weights_are_not_refused() -> None:
     assert cachedit_kernels.residual_forecast([x(1)], [x(1, 1)], [math.nan])[0].isnan().all()
+
+
+@pytest.mark.parametrize("position", range(4))
+def test_none_is_no_tensor(position: int) -> None:
+    arguments: list[Any] = [x(1, 2, 3, 4), x(1, 2, 3), x(1, 2, 3, 4), x(1, 2, 3)]
+    arguments[position] = None
+    name = ("out", "lse", "out2", "lse2")[position]
+    with pytest.raises(RuntimeError, match=f"^merge_attention: {name} must be a tensor, got NoneType$"):
+        cachedit_kernels.merge_attention(*arguments)
+
+
+def test_the_exchanges_take_tensors() -> None:
+    with pytest.raises(RuntimeError, match=r"^quantized_all_to_all: k must be a tensor, got list$"):
+        cachedit_kernels.quantized_all_to_all(x(1, 2, 3, 4), [], x(1, 2, 3, 4))  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=r"^quantized_all_to_all_output: o must be a tensor, got NoneType$"):
+        cachedit_kernels.quantized_all_to_all_output(None)  # type: ignore[arg-type]
