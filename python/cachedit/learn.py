@@ -50,6 +50,8 @@ def learn_sections(
     watch = _Watch()
     lists = [_WatchedList(watch, i, name, blocks) for i, (name, blocks) in enumerate(candidates)]
     with ExitStack() as stack:
+        if any(block._compiled_call_impl is not None for _, blocks in candidates for block in blocks):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))  # else the hooks are compiled with the blocks
         for watched in lists:
             stack.enter_context(watched.hooked())
         stack.enter_context(run_sections(watch, lists, None, (), {}))

@@ -37,6 +37,13 @@ def test_lists_that_hand_on_their_streams_share_a_group():
     ]
 
 
+def test_blocks_that_are_compiled():
+    model = tiny_flux()
+    model.compile_repeated_blocks(backend="eager", fullgraph=True)
+    ((first, second),) = learn(model, flux_inputs(0, 4))
+    assert first == ("transformer_blocks", P.Pattern_1) and second == ("single_transformer_blocks", P.Pattern_1)
+
+
 class Unusual(Toy):
     """Blocks whose parameters have names of their own, two lists, and a short refiner before them."""
 
