@@ -147,7 +147,8 @@ class SignalChange:
 
 def _before(seen: Measured) -> torch.Tensor:
     """In the dtype that the head returns, which under autocast need not be the one that it gets."""
-    return seen.before.to(seen.after.dtype)
+    before, after = seen.before, seen.after
+    return before if before.dtype == after.dtype else before.to(after.dtype)
 
 
 def relative(sums: torch.Tensor, group: Any = None) -> list[float]:

@@ -293,14 +293,6 @@ def test_a_name_is_resolved_per_request():
     assert len(config.resolve_mask(28)) == 28
 
 
-def test_the_documentation_s_files_load(tmp_path):
-    text = (ROOT / "docs" / "config-files.md").read_text()
-    blocks = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 6
-    for block in blocks:
-        assert load_configs(write(tmp_path, block))["cache_config"] != DBCacheConfig()
-
-
 def test_the_example_enables_a_transformer():
     configs = load_cache_config(ROOT / "examples" / "cache.yaml")
     assert configs[0].steps_computation_mask == "fast"

@@ -18,9 +18,9 @@ streams = st.lists(st.tuples(shapes, dtypes, layouts, layouts, layouts), min_siz
 
 
 def assert_sums(got: Tensor, expected: Tensor, magnitudes: Tensor) -> None:
-    """Within float32 rounding of the terms, `magnitudes` being what they are made of."""
+    """Within float32 rounding of the terms, `magnitudes` being what they are made of; equal terms all round one way."""
     assert got.dtype == torch.float32 and got.shape == expected.shape
-    assert ((got.double() - expected).abs() <= 4e-7 * magnitudes + 1e-30).all(), (got, expected)
+    assert ((got.double() - expected).abs() <= 1e-6 * magnitudes + 1e-30).all(), (got, expected)
 
 
 def doubles(tensors: list[Tensor]) -> list[Tensor]:
