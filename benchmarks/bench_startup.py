@@ -3,9 +3,10 @@
     python benchmarks/bench_startup.py [--device cuda] [--processes 5] [--csv PATH]
 
 Each row is the median over processes of its own, taken in turns: ours with every implementation of the operators that
-serves the device, and cache_dit, if it is installed. torch (and diffusers, which cache_dit cannot do without) is
-imported before the clock starts. "first" is the first forward, which computes; "second" is the first reused one. Triton
-compiles its kernels in a new process unless its disk cache has them: "triton, empty cache" is a fresh machine.
+serves the device, and cache_dit. torch and, where it is installed, diffusers are imported before the clock starts; in
+"cachedit, torch alone" diffusers is not, and enabling imports dynamo, which diffusers would have. "first" is the first
+forward, which computes; "second" is the first reused one. Triton compiles its kernels in a new process unless its disk
+cache has them: "triton, empty cache" is a fresh machine.
 """
 
 from __future__ import annotations
@@ -77,13 +78,17 @@ print(json.dumps([1e3 * (b - a) for a, b in zip(times, times[1:])]))
 
 def candidates(device: str) -> dict[tuple[str, str], tuple[str, dict[str, str]]]:
     """By engine and operators: the script, and its environment."""
-    ours = SCRIPT.format(engine="cachedit", before="", adapter="")
+    diffusers = importlib.util.find_spec("diffusers") is not None
+    before = "import diffusers" if diffusers else ""
+    ours = SCRIPT.format(engine="cachedit", before=before, adapter="")
     implementations = ("cuda", "triton") if device == "cuda" else ("cpp",)
     found = {("cachedit", name): (ours, {"CACHEDIT_KERNELS_BACKEND": name}) for name in (*implementations, "reference")}
     if device == "cuda":
         found["cachedit", "triton, empty cache"] = ours, {"CACHEDIT_KERNELS_BACKEND": "triton", "TRITON_CACHE_DIR": ""}
+    if diffusers:
+        found["cachedit, torch alone", implementations[0]] = SCRIPT.format(engine="cachedit", before="", adapter=""), {}
     if importlib.util.find_spec("cache_dit") is not None:
-        theirs = SCRIPT.format(engine="cache_dit", before="import diffusers", adapter=", check_forward_pattern=False")
+        theirs = SCRIPT.format(engine="cache_dit", before=before, adapter=", check_forward_pattern=False")
         found["cache_dit", "its own"] = theirs, {}
     return found
 
@@ -117,7 +122,7 @@ def main() -> None:
     for _ in range(arguments.processes):
         for key, (script, environment) in candidates(arguments.device).items():
             times[key].append(run(script, arguments.device, environment))
-    print(f"{'engine':>10} {'operators':>20}" + "".join(f"{part + ', ms':>12}" for part in (*PARTS, "total")))
+    print(f"{'engine':>21} {'operators':>20}" + "".join(f"{part + ', ms':>12}" for part in (*PARTS, "total")))
     for (engine, operators), measured in times.items():
         figures = [statistics.median(part) for part in zip(*measured, strict=True)]
         figures.append(statistics.median(map(sum, measured)))
@@ -125,7 +130,7 @@ def main() -> None:
         row |= {"date": datetime.date.today().isoformat(), "device": device_name(torch.device(arguments.device))}
         row |= {f"{part}_ms": f"{ms:.1f}" for part, ms in zip((*PARTS, "total"), figures, strict=True)}
         append(arguments.csv, row)
-        print(f"{engine:>10} {operators:>20}" + "".join(f"{ms:>12.1f}" for ms in figures))
+        print(f"{engine:>21} {operators:>20}" + "".join(f"{ms:>12.1f}" for ms in figures))
 
 
 if __name__ == "__main__":
