@@ -21,7 +21,7 @@ from torch._dynamo.utils import counters
 import cachedit
 from cachedit.embedded import load_pipeline
 from cachedit_kernels.testing.timing import paired_medians
-from common import append, machine
+from common import append, machine, own_forward
 
 RESULTS = Path(__file__).parent / "results" / "compile.csv"
 PROMPT = "a red ring"
@@ -39,6 +39,7 @@ def draw(pipe: Any, steps: int, batch: int) -> torch.Tensor:
 def build(package: Any, steps: int, compiled: bool, backend: str) -> Any:
     """The pipeline, cached by a package (None: not at all) and compiled as a whole, or not."""
     pipe = load_pipeline()
+    own_forward(pipe.transformer)
     pipe.set_progress_bar_config(disable=True)
     if package is not None:
         mask = [1, 1] + [int(step % 3 == 2) for step in range(2, steps)]

@@ -32,7 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 import cachedit
 from cachedit.models import find_entry
 from cachedit_kernels.testing.timing import paired_medians
-from common import DTYPES, append, machine
+from common import DTYPES, append, machine, own_forward
 from pipeline_models import MODELS, Inputs, twin
 
 RESULTS = Path(__file__).parent / "results" / "pipelines.csv"
@@ -137,12 +137,12 @@ class Candidate:
         self.weights = sum(each.numel() * each.element_size() for each in model.parameters())
         self.before = self._allocated()
         self.inputs, self.mask = inputs, mask
-        self.model = twin(model)
+        self.model = own_forward(twin(model))
         self.begin = CACHES[cache](self.model, mask)
         self.full: Forward = self.model
         self.short: Forward | None = None
         if cache == "ideal":
-            self.short = without_body(model)
+            self.short = own_forward(without_body(model))
         self.computed = self._computed() if cache != "ideal" else mask
         if backend:
             self.full = torch.compile(self.model, backend=backend)

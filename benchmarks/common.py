@@ -9,13 +9,16 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import functools
 import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FunctionType
 
 import torch
+from torch import nn
 
 import cachedit_kernels
 from cachedit_kernels.testing.timing import copy_bandwidth, paired_medians
@@ -137,6 +140,23 @@ def append(path: Path, row: Mapping[str, object]) -> None:
         if new:
             writer.writeheader()
         writer.writerow(row)
+
+
+def own_forward(model: nn.Module) -> nn.Module:
+    """The model, with a forward of its own to compile.
+
+    dynamo keeps what it has compiled, and which sizes it has seen change, by code object. Candidates of one class that
+    are compiled in one process would slow each other down.
+    """
+    cls = type(model)
+    forward = cls.forward
+    assert isinstance(forward, FunctionType)
+    code = forward.__code__.replace(co_name=f"{forward.__code__.co_name}_{id(model)}")
+    copy = FunctionType(code, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__)
+    copy.__kwdefaults__ = forward.__kwdefaults__
+    functools.update_wrapper(copy, forward)
+    model.__class__ = type(cls.__name__, (cls,), {"forward": copy, "__module__": cls.__module__})
+    return model
 
 
 def device_name(device: torch.device) -> str:

@@ -8,8 +8,8 @@
 # whole: a step that needs more than it may, or than is left, is ended, and the others go on. The exit status is 1 if any
 # step failed.
 #
-# $OUT gets a log of each part, operators.csv, exchange.csv, engine.csv, pipelines.csv and demo/; without OUT the logs go
-# to a temporary folder and the CSVs' rows to benchmarks/results/.
+# $OUT gets a log of each part, operators.csv, exchange.csv, engine.csv, startup.csv, pipelines.csv and demo/; without OUT
+# the logs go to a temporary folder and the CSVs' rows to benchmarks/results/.
 #
 # DEVICE=cpu rehearses without a GPU: the same commands at tiny sizes, C++ in place of Triton and CUDA C++, GPU tests
 # collected and skipped. Logs and figures then stay out of the checkout.
@@ -31,7 +31,8 @@ sizes=(--mb 1 16 64 256)
 exchanges=(--ranks 2 4 8)
 compiled_sizes=(--mb 64 --dtype bfloat16)
 compiled_exchanges=(--models FLUX.1 --ranks 4)
-engine_options=(--rounds 200)
+engine_options=(--rounds 50)
+startup_options=(--processes 3)
 pipeline_options=(--rounds 1 --caches cachedit cache_dit)
 if [ "$device" = cpu ]; then
     results=$logs
@@ -40,6 +41,7 @@ if [ "$device" = cpu ]; then
     exchanges=(--models Z-Image --ranks 2 --scale 0.01 --rounds 1)
     compiled_sizes=("${sizes[@]}" --no-compile)
     engine_options=(--rounds 2)
+    startup_options=(--processes 1)
     pipeline_options=(--tiny --steps 5 --rounds 1 --backend eager)
 fi
 command -v nvcc >/dev/null || PATH=$PATH:/usr/local/cuda/bin
@@ -128,6 +130,8 @@ run_operators() {
     step "Triton or CUDA C++" 60 "$python" benchmarks/choose_backends.py "$results/operators.csv" "$results/exchange.csv"
     step "host time" 120 "$python" benchmarks/bench_engine.py --device "$device" "${engine_options[@]}" \
         --csv "$results/engine.csv"
+    step "start-up" 120 "$python" benchmarks/bench_startup.py --device "$device" "${startup_options[@]}" \
+        --csv "$results/startup.csv"
     # torch.compile takes seconds for each row, so it is measured at one size, and last.
     bench residual "residual, torch.compile" "${compiled_sizes[@]}"
     [ "$device" = cpu ] && return # the others are the same again
