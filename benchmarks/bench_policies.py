@@ -133,12 +133,13 @@ def measure(demo: Demo, row: Row, baseline: torch.Tensor, steps: int, rounds: in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="pictures (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="pairs of runs per row")
     parser.add_argument("--csv", type=Path, default=RESULTS, help="history to add to (default: %(default)s)")
     arguments = parser.parse_args()
     pipe = load_pipeline()
     pipe.set_progress_bar_config(disable=True)
-    demo = Demo(pipe, PROMPTS, seed=0)
+    demo = Demo(pipe, PROMPTS[: arguments.prompts], seed=0)
     baseline = demo.draw(arguments.steps)
     common = {
         "date": datetime.date.today().isoformat(),

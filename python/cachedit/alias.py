@@ -44,6 +44,7 @@ _SOURCES = {
 }
 _lock = threading.Lock()
 _replaced: dict[str, ModuleType] = {}  # modules of the real package, imported before an override
+_overrides: bool | None = None  # whether what is installed does; None: nothing is
 
 
 class _AliasModule(ModuleType):
@@ -90,13 +91,15 @@ def install(override: bool = False) -> None:
         override: Also where the real ``cache_dit`` is installed, or imported already. Without it the real one is
             found where there is one. Names that were imported from it before stay what they are.
     """
+    global _overrides
     with _lock:
-        _remove()
-        if not override:
-            sys.meta_path.append(_finder)
-            return
-        _replaced.update({name: sys.modules.pop(name) for name in _loaded()})
-        sys.meta_path.insert(0, _finder)
+        if _overrides is not override or _finder not in sys.meta_path:  # else other threads may be importing by it
+            _remove()
+            sys.meta_path.insert(0 if override else len(sys.meta_path), _finder)
+            _overrides = override
+        if override:
+            real = [name for name in _loaded() if not isinstance(sys.modules[name], _AliasModule)]
+            _replaced.update({name: sys.modules.pop(name) for name in real})
 
 
 def uninstall() -> None:
@@ -106,6 +109,8 @@ def uninstall() -> None:
 
 
 def _remove() -> None:
+    global _overrides
+    _overrides = None
     if _finder in sys.meta_path:
         sys.meta_path.remove(_finder)
     for name in _loaded():

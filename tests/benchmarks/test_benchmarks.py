@@ -89,7 +89,7 @@ def test_pipelines_benchmark_runs(tmp_path: Path) -> None:
 def test_policies_benchmark_runs(tmp_path: Path) -> None:
     history = tmp_path / "policies.csv"
     command = [sys.executable, ROOT / "benchmarks" / "bench_policies.py", "--csv", history]
-    subprocess.run([*command, "--steps", "10", "--rounds", "1"], check=True, capture_output=True)
+    subprocess.run([*command, "--steps", "10", "--prompts", "2", "--rounds", "1"], check=True, capture_output=True)
     with history.open() as file:
         rows = {row["name"]: row for row in csv.DictReader(file)}
     assert rows["plain model, 10 steps"]["skipped"] == "0.0%"
